@@ -1,0 +1,82 @@
+#include "cpu/neumann.h"
+
+#include <algorithm>
+
+#include "cpu/list_walker.h"
+#include "cpu/simd.h"
+
+namespace nestopt::cpu {
+namespace {
+
+template <class V, class A>
+NESTOPT_SIMD void dense_run(int64_t n, const NeumannScalars<math_t<V>> s, V* __restrict v, V* __restrict p, const A* __restrict av) {
+  for (int64_t i = 0; i < n; ++i) neumann<V>(s, math_t<V>(load(av[i])), v[i], p[i]);
+}
+
+// Sums squares in double, in a fixed order that vectorizes. As many lanes as hide the latency of an addition.
+template <class V>
+NESTOPT_SIMD double sum_of_squares(int64_t n, const V* __restrict v) {
+  constexpr int kLanes = 32;
+  double lanes[kLanes] = {};
+  const int64_t whole = n - n % kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const double x = load(v[i + lane]);
+      lanes[lane] += x * x;
+    }
+  }
+  for (int64_t i = whole; i < n; ++i) {
+    const double x = load(v[i]);
+    lanes[i - whole] += x * x;
+  }
+  double sum = 0;
+  for (double lane : lanes) sum += lane;
+  return sum;
+}
+
+template <class V, class A>
+double strided_run(int64_t n, const NeumannScalars<math_t<V>>& s, const int64_t* strides, V* v, V* p, const A* av) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double x = neumann<V>(s, math_t<V>(load(av[i * strides[2]])), v[i * strides[0]], p[i * strides[1]]);
+    sum += x * x;
+  }
+  return sum;
+}
+
+}  // namespace
+
+template <class V, class A>
+void neumann_chunks(
+    const TensorList<3>& list, int64_t first, int64_t last, const NeumannScalars<math_t<V>>& s, double* sq_norms) {
+  constexpr int64_t kBlock = 2048;  // small enough that the norm reads v from the first-level cache
+  const int64_t sizes[3] = {sizeof(V), sizeof(V), sizeof(A)};
+  if (sq_norms) std::fill(sq_norms + first, sq_norms + last, 0.0);
+  for_each_run(list, sizes, first, last, [&](int64_t chunk, const Run<3>& run) {
+    V* v = run.at<V>(0);
+    V* p = run.at<V>(1);
+    const A* av = run.at<A>(2);
+    if (!run.dense()) {
+      const double sum = strided_run<V, A>(run.length, s, run.strides, v, p, av);
+      if (sq_norms) sq_norms[chunk] += sum;
+      return;
+    }
+    for (int64_t at = 0; at < run.length; at += kBlock) {
+      const int64_t n = std::min(kBlock, run.length - at);
+      dense_run<V, A>(n, s, v + at, p + at, av + at);
+      if (sq_norms) sq_norms[chunk] += sum_of_squares(n, v + at);
+    }
+  });
+}
+
+#define NESTOPT_INSTANTIATE(V, A) \
+  template void neumann_chunks<V, A>(const TensorList<3>&, int64_t, int64_t, const NeumannScalars<math_t<V>>&, double*);
+NESTOPT_INSTANTIATE(float, float)
+NESTOPT_INSTANTIATE(float, BFloat16)
+NESTOPT_INSTANTIATE(float, Float16)
+NESTOPT_INSTANTIATE(double, double)
+NESTOPT_INSTANTIATE(BFloat16, BFloat16)
+NESTOPT_INSTANTIATE(Float16, Float16)
+#undef NESTOPT_INSTANTIATE
+
+}  // namespace nestopt::cpu

@@ -1,0 +1,69 @@
+// What an op requires of its arguments before it touches memory. nestopt_ext/_checks.py is the Python mirror, with the same
+// messages: `<op>: <argument[index]> must <rule>; got <value>. <remedy>`.
+#pragma once
+
+#include "ops/boxed.h"
+
+#include <c10/util/ArrayRef.h>
+
+#include <string>
+#include <vector>
+
+namespace nestopt::ops {
+
+// The dtypes allowed beside a tensor of the leading list.
+using DtypeRule = c10::ArrayRef<at::ScalarType> (*)(at::ScalarType leading);
+c10::ArrayRef<at::ScalarType> same_dtype(at::ScalarType leading);
+c10::ArrayRef<at::ScalarType> opmath_dtype(at::ScalarType leading);  // float32 beside 16-bit types
+
+// Checks one call of one op: lists of tensors against a leading list, then memory across all of them. Each member throws on
+// the first fault; nothing is modified before the last one has returned. Names and lists must outlive the checks.
+class ListCheck {
+ public:
+  explicit ListCheck(const char* op) : op_(op) {}
+
+  void finite(const char* name, double value) const;
+
+  // The list that fixes count, shapes and device; it is written to.
+  void leading(const char* name, const TensorRefs& tensors);
+
+  // A list that follows the leading one.
+  void following(const char* name, const TensorRefs& tensors, DtypeRule rule, bool written);
+
+  // A list that may be left out only while `needed` is false.
+  void following_or_empty(const char* name, const TensorRefs& tensors, DtypeRule rule, bool needed, const char* needed_while);
+
+  // A tensor of one element, float32 or float64, on the CPU (if on_cpu) or beside the leading list. Null passes: None.
+  void scalar(const char* name, const at::Tensor* t, bool written, bool on_cpu);
+
+  // Storage is large enough, and nothing that is written shares memory with anything else.
+  void memory() const;
+
+  // Tells autograd that the written tensors changed.
+  void bump_versions() const;
+
+ private:
+  struct Item {
+    const char* name;
+    int64_t index;  // -1: not in a list
+    const at::Tensor* tensor;
+    bool written;
+  };
+  struct Span;
+
+  static std::string label(const Item& item);
+  void strided(const Item& item) const;
+  void add_written(const Item& item);
+  static void sort_by_begin(std::vector<Span>& spans);
+  void no_sharing(const Span* first, const Span* last) const;
+
+  const char* op_;
+  const char* leader_ = "";
+  const TensorRefs* leaders_ = nullptr;
+  std::vector<Item> items_;
+};
+
+// The value of a one-element float32 or float64 tensor on the CPU.
+double cpu_value(const at::Tensor& t);
+
+}  // namespace nestopt::ops

@@ -1,0 +1,189 @@
+"""What an op requires of its arguments; the Python mirror of ``csrc/ops/checks.h``, with the same messages.
+
+It serves the reference kernels (which see real tensors) and the fake kernels (which see tensors without memory, so the
+rules about storage and aliasing are left out there). Nothing is modified before every rule holds.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+REAL = (torch.float32, torch.float64)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shape(t: Tensor) -> str:
+    sizes = ", ".join(str(s) for s in t.shape)
+    return f"({sizes},)" if t.dim() == 1 else f"({sizes})"
+
+
+def _either(dtypes: Sequence[torch.dtype]) -> str:
+    names = [_name(d) for d in dtypes]
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " or " + names[-1]
+
+
+def _has_memory(t: Tensor) -> bool:
+    return not is_fake(t) and t.device.type != "meta" and not torch._is_functional_tensor(t)
+
+
+def finite(op: str, **scalars: float) -> None:
+    for name, value in scalars.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{op}: {name} must be finite; got {value}.")
+
+
+class ListCheck:
+    """Checks one call of one op: lists of tensors against a leading list, then memory across all of them."""
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+        self._written: list[tuple[str, Tensor]] = []
+        self._read: list[tuple[str, Tensor]] = []
+
+    def leading(self, name: str, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype] = FLOATING) -> None:
+        """The list that fixes count, shapes and device; it is written to."""
+        device = tensors[0].device if tensors else None
+        for i, t in enumerate(tensors):
+            label = f"{name}[{i}]"
+            self._strided(label, t)
+            if t.dtype not in dtypes:
+                raise TypeError(f"{self.op}: {label} must be {_either(dtypes)}; got {_name(t.dtype)}.")
+            if t.device != device:
+                raise ValueError(f"{self.op}: {label} must be on {device}, the device of {name}[0]; got {t.device}. Call once per device.")
+            self._may_write(label, t)
+
+    def following(
+        self,
+        name: str,
+        tensors: Sequence[Tensor],
+        like: tuple[str, Sequence[Tensor]],
+        dtypes: Mapping[torch.dtype, tuple[torch.dtype, ...]],
+        *,
+        written: bool,
+    ) -> None:
+        """A list that follows the leading one; ``dtypes`` maps the leading dtype to those allowed here."""
+        leader, leaders = like
+        if len(tensors) != len(leaders):
+            raise ValueError(f"{self.op}: {name} must have the length of {leader}, {len(leaders)}; got {len(tensors)}.")
+        for i, (t, lead) in enumerate(zip(tensors, leaders, strict=True)):
+            label, other = f"{name}[{i}]", f"{leader}[{i}]"
+            self._strided(label, t)
+            if t.device != lead.device:
+                raise ValueError(f"{self.op}: {label} must be on {lead.device}, the device of {other}; got {t.device}.")
+            if t.dtype not in dtypes[lead.dtype]:
+                wanted = _either(dtypes[lead.dtype])
+                raise TypeError(f"{self.op}: {label} must be {wanted} beside {other} of {_name(lead.dtype)}; got {_name(t.dtype)}.")
+            if t.shape != lead.shape:
+                raise ValueError(f"{self.op}: {label} must have the shape of {other} {_shape(lead)}; got {_shape(t)}.")
+            if written:
+                self._may_write(label, t)
+            else:
+                self._read.append((label, t))
+
+    def scalar(
+        self,
+        name: str,
+        t: Tensor,
+        leaders: Sequence[Tensor],
+        *,
+        written: bool = False,
+        on_cpu: bool = True,
+    ) -> None:
+        """A tensor of one element, float32 or float64, on the CPU (``on_cpu``) or beside the leading list."""
+        self._strided(name, t)
+        if t.dtype not in REAL:
+            raise TypeError(f"{self.op}: {name} must be {_either(REAL)}; got {_name(t.dtype)}.")
+        if t.numel() != 1:
+            raise ValueError(f"{self.op}: {name} must have one element; got shape {_shape(t)}.")
+        device = leaders[0].device if leaders else t.device
+        if t.device != device and not (on_cpu and t.device.type == "cpu"):
+            where = f"cpu or {device}" if on_cpu and device.type != "cpu" else str(device)
+            raise ValueError(f"{self.op}: {name} must be on {where}; got {t.device}.")
+        if written:
+            self._may_write(name, t)
+        else:
+            self._read.append((name, t))
+            if t.device.type == "cpu" and on_cpu and _has_memory(t) and not math.isfinite(t.item()):
+                raise ValueError(f"{self.op}: {name} must be finite; got {t.item()}.")
+
+    def memory(self) -> None:
+        """Storage is large enough, and nothing that is written shares memory with anything else."""
+        if not all(_has_memory(t) for _, t in self._written + self._read):
+            return
+        spans = []
+        for written, tensors in ((True, self._written), (False, self._read)):
+            for label, t in tensors:
+                if t.numel() == 0:
+                    continue
+                extent = (1 + sum((s - 1) * st for s, st in zip(t.shape, t.stride(), strict=True))) * t.element_size()
+                held = t.untyped_storage().nbytes()
+                if t.storage_offset() * t.element_size() + extent > held:
+                    raise ValueError(
+                        f"{self.op}: {label} must have storage for its elements; got a storage of {held} bytes."
+                        " It was resized or freed behind the tensor."
+                    )
+                if t.data_ptr() % t.element_size():
+                    raise ValueError(
+                        f"{self.op}: {label} must be aligned to its element size, {t.element_size()} bytes;"
+                        f" got an address that is {t.data_ptr() % t.element_size()} past it. Pass a clone."
+                    )
+                spans.append((t.data_ptr(), t.data_ptr() + extent, written, label, t))
+        spans.sort(key=lambda span: span[:2])
+        cluster: list[tuple[int, int, bool, str, Tensor]] = []
+        end = 0
+        for span in spans:
+            if span[0] >= end and cluster:
+                self._no_sharing(cluster)
+                cluster = []
+            cluster.append(span)
+            end = max(end, span[1])
+        self._no_sharing(cluster)
+
+    def _no_sharing(self, cluster: list[tuple[int, int, bool, str, Tensor]]) -> None:
+        """Exact test on tensors whose address ranges overlap: marks every byte that is written, then looks for it."""
+        if len(cluster) < 2 or not any(written for _, _, written, _, _ in cluster):
+            return
+        start = cluster[0][0]
+        owner = torch.zeros(max(stop for _, stop, _, _, _ in cluster) - start, dtype=torch.int32)
+        for number, (begin, _, written, label, t) in enumerate(sorted(cluster, key=lambda span: not span[2]), 1):
+            size = t.element_size()
+            strides = [st * size for st in t.stride()] + [1]
+            view = owner.as_strided([*t.shape, size], strides, begin - start)
+            taken = int(view.max())
+            if taken:
+                other = sorted(cluster, key=lambda span: not span[2])[taken - 1][3]
+                raise ValueError(f"{self.op}: {other} must not share memory with {label}; got overlapping tensors. Pass a clone.")
+            if written:
+                view.fill_(number)
+
+    def _strided(self, label: str, t: Tensor) -> None:
+        if t.layout != torch.strided:
+            raise TypeError(f"{self.op}: {label} must be a strided (dense) tensor; got {_name(t.layout)}. Call .to_dense() on it.")
+
+    def _may_write(self, label: str, t: Tensor) -> None:
+        if torch.is_grad_enabled() and t.requires_grad:
+            raise ValueError(
+                f"{self.op}: {label} must not require grad while grad mode is on; got one that does. Call under torch.no_grad()."
+            )
+        if _has_memory(t) and _overlaps_itself(t):
+            raise ValueError(
+                f"{self.op}: {label} must not overlap itself; got shape {_shape(t)} with strides {tuple(t.stride())}. Pass a clone."
+            )
+        self._written.append((label, t))
+
+
+def _overlaps_itself(t: Tensor) -> bool:
+    """True unless each stride steps over all the memory that the smaller strides reach."""
+    reach = 0
+    for stride, size in sorted((st, s) for s, st in zip(t.shape, t.stride(), strict=True) if s > 1):
+        if stride <= reach:
+            return t.numel() > 0
+        reach += stride * (size - 1)
+    return False

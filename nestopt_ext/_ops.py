@@ -1,0 +1,206 @@
+"""The index of native ops: schema, check, fake kernel, reference kernel and typed function of each.
+
+Schemas are defined here, once; importing the native library adds kernels for the CPU and CUDA keys under them. Nothing
+above this file knows which kernel ran. Whatever may change from step to step is a tensor in the schema, so a changed value
+does not recompile a ``torch.compile``d caller; lists that are mutated return nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks, _library, _reference
+
+_lib = torch.library.Library("nestopt_ext", "DEF")
+
+
+def _define(schema: str, reference: Callable[..., None], check: Callable[..., list[Tensor]]) -> Any:
+    """Registers one op that mutates its arguments. ``check`` raises on a fault, else returns the tensors written."""
+    name = schema.partition("(")[0]
+
+    def kernel(*args: Any, **kwargs: Any) -> None:
+        written = check(*args, **kwargs)
+        reference(*args, **kwargs)
+        torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
+
+    def fake(*args: Any, **kwargs: Any) -> None:
+        check(*args, **kwargs)
+
+    _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _lib.impl(name, kernel, "CompositeExplicitAutograd")
+    _lib.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"nestopt_ext::{name}", fake, lib=_lib)
+    return getattr(torch.ops.nestopt_ext, name).default
+
+
+def is_native(op: str, device_type: str) -> bool:
+    """Whether the native library has a kernel of ``op`` for this kind of device ("cpu", "cuda")."""
+    return (op, device_type) in _NATIVE
+
+
+# ---- complex_sgd ----------------------------------------------------------------------------------------------------
+
+_SAME = {d: (d,) for d in _checks.FLOATING}
+_OPMATH = {d: (_reference.opmath(d),) for d in _checks.FLOATING}
+
+
+def _check_complex_sgd_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    momentum_buffers_imag: Sequence[Tensor],
+    lr: Tensor,
+    *,
+    momentum: float,
+    momentum_imag: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> list[Tensor]:
+    op = "complex_sgd_step_"
+    check = _checks.ListCheck(op)
+    _checks.finite(op, momentum=momentum, momentum_imag=momentum_imag, dampening=dampening, weight_decay=weight_decay)
+    like = ("params", params)
+    check.leading("params", params)
+    check.following("grads", grads, like, _SAME, written=False)
+    if not momentum_buffers and (momentum_buffers_imag or momentum != 0 or momentum_imag != 0):
+        raise ValueError(f"{op}: momentum_buffers must have the length of params, {len(params)}, while momentum is not zero; got 0.")
+    if not momentum_buffers_imag and momentum_imag != 0:
+        raise ValueError(f"{op}: momentum_buffers_imag must have the length of params, {len(params)}, while momentum_imag is not zero; got 0.")
+    if momentum_buffers:
+        check.following("momentum_buffers", momentum_buffers, like, _OPMATH, written=True)
+    if momentum_buffers_imag:
+        check.following("momentum_buffers_imag", momentum_buffers_imag, like, _OPMATH, written=True)
+    check.scalar("lr", lr, params)
+    if grad_scale is not None:
+        check.scalar("grad_scale", grad_scale, params, on_cpu=False)
+    if found_inf is not None:
+        check.scalar("found_inf", found_inf, params, on_cpu=False)
+    check.memory()
+    return [*params, *momentum_buffers, *momentum_buffers_imag]
+
+
+_complex_sgd_step_ = _define(
+    "complex_sgd_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers,"
+    " Tensor(c!)[] momentum_buffers_imag, Tensor lr, *, float momentum, float momentum_imag=0.0, float dampening=0.0,"
+    " float weight_decay=0.0, bool nesterov=False, bool maximize=False, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
+    _reference.complex_sgd_step_,
+    _check_complex_sgd_step,
+)
+
+
+def complex_sgd_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    momentum_buffers_imag: Sequence[Tensor],
+    lr: Tensor,
+    *,
+    momentum: complex,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    r"""One step of SGD with complex momentum for a whole list of tensors, in one call; see
+    :func:`nestopt_ext._reference.complex_sgd_step_` for the definition.
+
+    ``params`` (float32, float64, bfloat16 or float16, any strides, one device) and both buffer lists (float32 beside
+    16-bit params, else the dtype of the param; each list full or empty) are updated in place, ``grads`` is only read.
+    ``lr`` is a tensor of one element on the CPU or beside the params.
+    """
+    if not params and not grads and not momentum_buffers and not momentum_buffers_imag:
+        return
+    _complex_sgd_step_(
+        params,
+        grads,
+        momentum_buffers,
+        momentum_buffers_imag,
+        lr,
+        momentum=momentum.real,
+        momentum_imag=momentum.imag,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        maximize=maximize,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+    )
+
+
+# ---- neumann --------------------------------------------------------------------------------------------------------
+
+_PRODUCT = {
+    torch.float64: (torch.float64,),
+    torch.float32: (torch.float32, torch.bfloat16, torch.float16),
+    torch.bfloat16: (torch.bfloat16,),
+    torch.float16: (torch.float16,),
+}
+
+
+def _check_neumann_step(
+    v: Sequence[Tensor],
+    p: Sequence[Tensor],
+    av: Sequence[Tensor],
+    alpha: Tensor,
+    *,
+    damping: float = 0.0,
+    sq_norm: Tensor | None = None,
+) -> list[Tensor]:
+    check = _checks.ListCheck("neumann_step_")
+    _checks.finite("neumann_step_", damping=damping)
+    check.leading("v", v)
+    check.following("p", p, ("v", v), _SAME, written=True)
+    check.following("av", av, ("v", v), _PRODUCT, written=False)
+    check.scalar("alpha", alpha, v)
+    if sq_norm is not None:
+        check.scalar("sq_norm", sq_norm, v, written=True, on_cpu=False)
+    check.memory()
+    return [*v, *p, *([] if sq_norm is None else [sq_norm])]
+
+
+_neumann_step_ = _define(
+    "neumann_step_(Tensor(a!)[] v, Tensor(b!)[] p, Tensor[] av, Tensor alpha, *, float damping=0.0,"
+    " Tensor(c!)? sq_norm=None) -> ()",
+    _reference.neumann_step_,
+    _check_neumann_step,
+)
+
+
+def neumann_step_(
+    v: Sequence[Tensor],
+    p: Sequence[Tensor],
+    av: Sequence[Tensor],
+    alpha: Tensor,
+    *,
+    damping: float = 0.0,
+    sq_norm: Tensor | None = None,
+) -> None:
+    r"""One term of a Neumann series for a whole list of tensors: ``v -= alpha * (av + damping * v)``, then ``p += v``.
+
+    ``v`` and ``p`` (float32, float64, bfloat16 or float16, any strides, one device) are updated in place; ``av`` has their
+    shapes and dtype, or a 16-bit dtype beside float32. ``alpha`` (units 1/curvature) is a tensor of one element on the CPU
+    or beside ``v``. ``sq_norm``, a tensor of one element beside ``v``, receives the squared norm of the new ``v``; it stays
+    on the device, and its value does not depend on the number of threads.
+    """
+    if not v and not p and not av:
+        if sq_norm is not None:
+            sq_norm.zero_()
+        return
+    _neumann_step_(v, p, av, alpha, damping=damping, sq_norm=sq_norm)
+
+
+_library.load()
+_NATIVE = {
+    (op, key.lower())
+    for op in ("complex_sgd_step_", "neumann_step_")
+    for key in ("CPU", "CUDA")
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"nestopt_ext::{op}", key)
+}
