@@ -1,0 +1,56 @@
+"""Checks of hyperparameters, shared by the optimizers. Messages: ``<optimizer>: <argument> must <rule>; got <value>.``."""
+
+import math
+from collections.abc import Mapping
+from numbers import Complex, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _is_number(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def check_lr(owner: str, lr: object) -> None:
+    """A finite number >= 0, or a float32/float64 tensor of one element."""
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or lr.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{owner}: lr must be a float32 or float64 tensor of one element;"
+                f" got shape {tuple(lr.shape)} of {str(lr.dtype).removeprefix('torch.')}."
+            )
+        if lr.device.type != "cpu" or torch.compiler.is_compiling():
+            return  # reading its value would wait for the device
+        value: object = lr.item()
+    else:
+        value = lr
+    if not _is_number(value, Real):
+        raise TypeError(f"{owner}: lr must be a number or a tensor; got {value!r}.")
+    if not (math.isfinite(value) and value >= 0):  # type: ignore[arg-type, operator]
+        raise ValueError(f"{owner}: lr must be finite and >= 0; got {value}.")
+
+
+def check_momentum(owner: str, name: str, value: object) -> None:
+    """A real or complex number of modulus below 1."""
+    if not _is_number(value, Complex):
+        raise TypeError(f"{owner}: {name} must be a real or complex number; got {value!r}.")
+    if not abs(value) < 1:  # type: ignore[arg-type]  # also catches NaN
+        raise ValueError(f"{owner}: {name} must have modulus below 1; got {value} of modulus {abs(value):g}.")  # type: ignore[arg-type]
+
+
+def check_real(owner: str, name: str, value: object, *, minimum: float = -math.inf) -> None:
+    """A finite number, not below ``minimum``."""
+    if not _is_number(value, Real):
+        raise TypeError(f"{owner}: {name} must be a number; got {value!r}.")
+    if not (math.isfinite(value) and value >= minimum):  # type: ignore[arg-type, operator]
+        bound = "" if minimum == -math.inf else f" and >= {minimum:g}"
+        raise ValueError(f"{owner}: {name} must be finite{bound}; got {value}.")
+
+
+def check_implementation(owner: str, group: Mapping[str, Any]) -> None:
+    """At most one of ``foreach``, ``fused`` and ``differentiable`` may be asked for."""
+    asked = [name for name in ("foreach", "fused", "differentiable") if group[name]]
+    if len(asked) > 1:
+        raise ValueError(f"{owner}: at most one of foreach, fused and differentiable must be True; got {' and '.join(asked)}.")
