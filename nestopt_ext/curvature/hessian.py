@@ -1,0 +1,69 @@
+"""The Hessian of a loss, by differentiating its gradient."""
+
+from .. import _lists
+from .._types import Loss, SameTensors, TensorList, Tensors
+from ._gradient import Gradient, check_params
+from ._operator import CurvatureOperator
+
+
+class Hessian(CurvatureOperator):
+    r"""The Hessian :math:`d^2 L / dw\,dw^\top` of a loss in ``params``, as an operator on tensors.
+
+    ``loss`` is a scalar tensor with a graph, or a zero-argument closure that returns one; it is evaluated and
+    differentiated once, when the operator is made, and that graph is kept as long as the operator lives. ``params``
+    (Tensor, list, tuple or dict of float32, float64, bfloat16 or float16 tensors that require grad) are only read; a
+    product costs about one backward pass through the graph of the gradient. Params that the loss does not use, and a
+    loss that is linear in its params, give zeros. Random state and tensors that a closure writes to are put back.
+
+    Raises TypeError or ValueError for a bad ``loss`` or ``params``, and RuntimeError, with the way out, where PyTorch
+    has no second derivative.
+
+    The method is Pearlmutter's (Fast exact multiplication by the Hessian, 1994), by reverse mode twice.
+
+    >>> import torch
+    >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> hessian = Hessian(w[0] ** 2 * w[1], w)
+    >>> hessian.dense()                       # [[2 w1, 2 w0], [2 w0, 0]]
+    tensor([[4., 2.],
+            [2., 0.]])
+    >>> (hessian + 0.5 * hessian)(torch.tensor([1.0, 1.0]))
+    tensor([9., 3.])
+    >>> hessian.diagonal()
+    tensor([4., 0.])
+    """
+
+    def __init__(self, loss: Loss, params: Tensors) -> None:
+        flat, structure = _lists.flatten("Hessian", "params", params)
+        check_params("Hessian", "params", structure.labels("params"), flat)
+        super().__init__(flat, structure)
+        self._gradient = Gradient("Hessian", "loss", loss, flat)
+
+    def _product(self, v: TensorList) -> TensorList:
+        return self._gradient.product(v)
+
+
+def hvp(loss: Loss, params: SameTensors, v: Tensors) -> SameTensors:
+    r"""The Hessian of ``loss`` in ``params`` times ``v``: :math:`\sum_j \partial^2 L / \partial w_i \partial w_j \;
+    v_j`.
+
+    Like ``torch.autograd.grad``, on tensors you already have: ``loss`` is a scalar tensor with a graph (or a
+    zero-argument closure), ``params`` a Tensor, list, tuple or dict of tensors that require grad, ``v`` the same with
+    the shapes, dtypes and devices of the params. Returns new tensors without graph in the structure of ``params``; the
+    graph of ``loss`` stays alive and nothing is modified. Params that ``loss`` does not use, and a loss that is linear
+    in its params, give zeros.
+
+    Raises TypeError or ValueError for bad arguments, and RuntimeError, with the way out, where PyTorch has no second
+    derivative. For many products with one loss make a :class:`Hessian`, which differentiates the first time once.
+
+    >>> import torch
+    >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> hvp(w[0] ** 2 * w[1], w, torch.tensor([1.0, 1.0]))   # [2 w1 + 2 w0, 2 w0]
+    tensor([6., 2.])
+    """
+    flat, structure = _lists.flatten("hvp", "params", params)
+    check_params("hvp", "params", structure.labels("params"), flat)
+    vector = structure.match("hvp", "v", v)
+    _lists.check_like("hvp", structure.labels("v"), vector, flat)
+    product = Gradient("hvp", "loss", loss, flat).product([t.detach() for t in vector])
+    result: SameTensors = structure.pack(product)
+    return result

@@ -1,0 +1,52 @@
+"""An estimate of the largest eigenvalue, for choosing a step without knowing the curvature."""
+
+import torch
+from torch import Tensor
+
+from .. import _lists
+from .._types import TensorList
+from ._product import Product
+
+#: Enough for a step: the series contracts as long as the estimate is above 0.45 of the true value.
+POWER_PRODUCTS = 5
+
+_SEED = 0
+
+
+def auto_alpha(product: Product, vector: TensorList, damping: float) -> Tensor:
+    """0.9 / lambda_max(A + damping I) by power iteration, a 0-dim tensor; 1 where that is not a positive number.
+
+    Starts from ``vector`` plus random numbers of the same norm, since only eigenvectors that ``vector`` contains can
+    make its series diverge, and the random part finds the others. The numbers come from a generator of their own.
+    ``vector`` is used as work space. Spends ``POWER_PRODUCTS`` products and never waits for the device.
+    """
+    size = max(_lists.numel(vector), 1) ** 0.5
+    _rescale(vector, size, _lists.norm(vector))
+    for device, positions in _lists.by_device(vector).items():
+        generator = torch.Generator(device).manual_seed(_SEED)
+        for i in positions:
+            noise = torch.randn(vector[i].shape, dtype=vector[i].dtype, device=device, generator=generator)
+            vector[i].add_(noise)
+    _rescale(vector, size, _lists.norm(vector))
+    largest = torch.zeros_like(_lists.norm(vector))
+    for _ in range(POWER_PRODUCTS):
+        for v, av in zip(vector, product(vector), strict=True):
+            v.mul_(damping).add_(av)
+        length = _lists.norm(vector)
+        largest = torch.maximum(largest, length / size)
+        _rescale(vector, size, length)
+    alpha = 0.9 / largest
+    return torch.where(alpha.isfinite() & (alpha > 0), alpha, torch.ones_like(alpha))
+
+
+def _rescale(vector: TensorList, size: float, length: Tensor) -> None:
+    """Gives a vector of that length the root mean square 1, where 16-bit products keep their digits.
+
+    A vector so short that the factor would overflow float32 is left as it is, zero among them.
+    """
+    tiny = size * torch.finfo(torch.float32).tiny
+    factor = torch.where(length > tiny, size / length, torch.ones_like(length))
+    for device, positions in _lists.by_device(vector).items():
+        local = factor.to(device)
+        for i in positions:
+            vector[i].mul_(local)

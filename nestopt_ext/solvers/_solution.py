@@ -1,0 +1,43 @@
+"""How a solve ended."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Generic
+
+from torch import Tensor
+
+from .._types import SameTensors
+
+
+class Status(enum.Enum):
+    """How a solve ended; the value of each member is its message.
+
+    >>> Status.max_terms.message
+    'all terms were used before the residual reached rounding level'
+    """
+
+    converged = "the residual is at rounding level"
+    max_terms = "all terms were used before the residual reached rounding level"
+    diverged = "the terms of the series grow; lower alpha, raise damping, or use a positive semi-definite curvature"
+    non_finite = "the result holds NaN or Inf; it is returned as it is"
+
+    @property
+    def message(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Solution(Generic[SameTensors]):
+    """What :func:`solve` returns.
+
+    ``value`` has the structure, shapes and dtypes of the right-hand side, new tensors without graph. ``residual_norm``
+    is a 0-dim tensor, the Euclidean norm of v - (A + damping I) value. ``num_products`` counts every call of the
+    matvec.
+    """
+
+    value: SameTensors
+    residual_norm: Tensor
+    num_products: int
+    status: Status
