@@ -6,6 +6,7 @@ rules about storage and aliasing are left out there). Nothing is modified before
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,13 +40,24 @@ def finite(op: str, **scalars: float) -> None:
             raise ValueError(f"{op}: {name} must be finite; got {value}.")
 
 
+class _Span(NamedTuple):
+    """The bytes of one tensor."""
+
+    begin: int
+    end: int
+    only_read: bool
+    place: int  # among the arguments
+    label: str
+    tensor: Tensor
+
+
 class ListCheck:
     """Checks one call of one op: lists of tensors against a leading list, then memory across all of them."""
 
     def __init__(self, op: str) -> None:
         self.op = op
-        self._written: list[tuple[str, Tensor]] = []
-        self._read: list[tuple[str, Tensor]] = []
+        self._items: list[tuple[str, Tensor, bool]] = []  # label, tensor, whether it is written
+        self._finite: list[tuple[str, Tensor]] = []
 
     def leading(self, name: str, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype] = FLOATING) -> None:
         """The list that fixes count, shapes and device; it is written to."""
@@ -85,7 +97,7 @@ class ListCheck:
             if written:
                 self._may_write(label, t)
             else:
-                self._read.append((label, t))
+                self._items.append((label, t, False))
 
     def scalar(
         self,
@@ -109,58 +121,64 @@ class ListCheck:
         if written:
             self._may_write(name, t)
         else:
-            self._read.append((name, t))
-            if t.device.type == "cpu" and on_cpu and _has_memory(t) and not math.isfinite(t.item()):
-                raise ValueError(f"{self.op}: {name} must be finite; got {t.item()}.")
+            self._items.append((name, t, False))
+            if on_cpu:
+                self._finite.append((name, t))
 
     def memory(self) -> None:
-        """Storage is large enough, and nothing that is written shares memory with anything else."""
-        if not all(_has_memory(t) for _, t in self._written + self._read):
-            return
+        """Storage is large enough, and nothing that is written shares memory with anything else; scalars are finite."""
+        if all(_has_memory(t) for _, t, _ in self._items):
+            self._storage()
+        for name, t in self._finite:
+            if t.device.type == "cpu" and _has_memory(t) and not math.isfinite(t.item()):
+                raise ValueError(f"{self.op}: {name} must be finite; got {t.item()}.")
+
+    def _storage(self) -> None:
         spans = []
-        for written, tensors in ((True, self._written), (False, self._read)):
-            for label, t in tensors:
-                if t.numel() == 0:
-                    continue
-                extent = (1 + sum((s - 1) * st for s, st in zip(t.shape, t.stride(), strict=True))) * t.element_size()
-                held = t.untyped_storage().nbytes()
-                if t.storage_offset() * t.element_size() + extent > held:
-                    raise ValueError(
-                        f"{self.op}: {label} must have storage for its elements; got a storage of {held} bytes."
-                        " It was resized or freed behind the tensor."
-                    )
-                if t.data_ptr() % t.element_size():
-                    raise ValueError(
-                        f"{self.op}: {label} must be aligned to its element size, {t.element_size()} bytes;"
-                        f" got an address that is {t.data_ptr() % t.element_size()} past it. Pass a clone."
-                    )
-                spans.append((t.data_ptr(), t.data_ptr() + extent, written, label, t))
-        spans.sort(key=lambda span: span[:2])
-        cluster: list[tuple[int, int, bool, str, Tensor]] = []
+        for label, t, written in self._items:
+            if t.numel() == 0:
+                continue
+            extent = (1 + sum((s - 1) * st for s, st in zip(t.shape, t.stride(), strict=True))) * t.element_size()
+            held = t.untyped_storage().nbytes()
+            if t.storage_offset() * t.element_size() + extent > held:
+                raise ValueError(
+                    f"{self.op}: {label} must have storage for its elements; got a storage of {held} bytes."
+                    " It was resized or freed behind the tensor."
+                )
+            if t.data_ptr() % t.element_size():
+                raise ValueError(
+                    f"{self.op}: {label} must be aligned to its element size, {t.element_size()} bytes;"
+                    f" got an address that is {t.data_ptr() % t.element_size()} past it. Pass a clone."
+                )
+            spans.append(_Span(t.data_ptr(), t.data_ptr() + extent, not written, len(spans), label, t))
+        spans.sort(key=lambda span: span.begin)
+        cluster: list[_Span] = []
         end = 0
         for span in spans:
-            if span[0] >= end and cluster:
+            if span.begin >= end and cluster:
                 self._no_sharing(cluster)
                 cluster = []
             cluster.append(span)
-            end = max(end, span[1])
+            end = max(end, span.end)
         self._no_sharing(cluster)
 
-    def _no_sharing(self, cluster: list[tuple[int, int, bool, str, Tensor]]) -> None:
+    def _no_sharing(self, cluster: list["_Span"]) -> None:
         """Exact test on tensors whose address ranges overlap: marks every byte that is written, then looks for it."""
-        if len(cluster) < 2 or not any(written for _, _, written, _, _ in cluster):
+        start = cluster[0].begin if cluster else 0
+        cluster.sort(key=lambda span: (span.only_read, span.place))
+        if len(cluster) < 2 or cluster[0].only_read:
             return
-        start = cluster[0][0]
-        owner = torch.zeros(max(stop for _, stop, _, _, _ in cluster) - start, dtype=torch.int32)
-        for number, (begin, _, written, label, t) in enumerate(sorted(cluster, key=lambda span: not span[2]), 1):
-            size = t.element_size()
-            strides = [st * size for st in t.stride()] + [1]
-            view = owner.as_strided([*t.shape, size], strides, begin - start)
-            taken = int(view.max())
-            if taken:
-                other = sorted(cluster, key=lambda span: not span[2])[taken - 1][3]
-                raise ValueError(f"{self.op}: {other} must not share memory with {label}; got overlapping tensors. Pass a clone.")
-            if written:
+        owner = torch.zeros(max(span.end for span in cluster) - start, dtype=torch.int32)
+        for number, span in enumerate(cluster, 1):
+            size = span.tensor.element_size()
+            strides = [st * size for st in span.tensor.stride()] + [1]
+            view = owner.as_strided([*span.tensor.shape, size], strides, span.begin - start)
+            if taken := int(view.max()):
+                raise ValueError(
+                    f"{self.op}: {cluster[taken - 1].label} must not share memory with {span.label};"
+                    " got overlapping tensors. Pass a clone."
+                )
+            if not span.only_read:
                 view.fill_(number)
 
     def _strided(self, label: str, t: Tensor) -> None:
@@ -176,7 +194,11 @@ class ListCheck:
             raise ValueError(
                 f"{self.op}: {label} must not overlap itself; got shape {_shape(t)} with strides {tuple(t.stride())}. Pass a clone."
             )
-        self._written.append((label, t))
+        if t.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"{self.op}: {label} must not be an inference tensor outside inference mode; got one. Pass a clone."
+            )
+        self._items.append((label, t, True))
 
 
 def _overlaps_itself(t: Tensor) -> bool:

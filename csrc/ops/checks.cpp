@@ -1,12 +1,15 @@
 #include "ops/checks.h"
 
 #include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <sstream>
+#include <tuple>
 #include <utility>
 
 namespace nestopt::ops {
@@ -90,8 +93,36 @@ void for_each_offset(const at::Tensor& t, Body body) {  // bytes from the first 
 struct ListCheck::Span {
   uintptr_t begin;
   uintptr_t end;
-  const Item* item;
+  uint32_t argument;
+  uint32_t index;
 };
+
+namespace {
+
+// Sorts by begin with a radix sort: with a thousand small tensors a comparison sort would take longer than the update itself.
+template <class Span>
+void sort_by_begin(std::vector<Span>& spans) {
+  constexpr int kBits = 11;
+  constexpr uintptr_t kMask = (uintptr_t{1} << kBits) - 1;
+  constexpr size_t kFew = 64;
+  if (spans.size() < kFew) {
+    std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
+    return;
+  }
+  uintptr_t varying = 0;
+  for (const Span& span : spans) varying |= span.begin ^ spans.front().begin;
+  std::vector<Span> sorted(spans.size());
+  for (int shift = std::countr_zero(varying | (uintptr_t{1} << 63)); shift < 64; shift += kBits) {
+    if (((varying >> shift) & kMask) == 0) continue;
+    uint32_t place[kMask + 2] = {};
+    for (const Span& span : spans) ++place[((span.begin >> shift) & kMask) + 1];
+    for (size_t digit = 0; digit < kMask; ++digit) place[digit + 1] += place[digit];
+    for (const Span& span : spans) sorted[place[(span.begin >> shift) & kMask]++] = span;
+    spans.swap(sorted);
+  }
+}
+
+}  // namespace
 
 c10::ArrayRef<at::ScalarType> same_dtype(at::ScalarType leading) {
   return *std::find(std::begin(kFloating), std::end(kFloating), leading);
@@ -103,200 +134,177 @@ double cpu_value(const at::Tensor& t) {
   return t.scalar_type() == at::kDouble ? *t.const_data_ptr<double>() : *t.const_data_ptr<float>();
 }
 
-std::string ListCheck::label(const Item& item) {
-  return item.index < 0 ? item.name : std::string(item.name) + "[" + std::to_string(item.index) + "]";
-}
-
 void ListCheck::finite(const char* name, double value) const {
+  // A NaN may print with a sign.
+  TORCH_CHECK_VALUE(!std::isnan(value), op_, ": ", name, " must be finite; got nan.");
   TORCH_CHECK_VALUE(std::isfinite(value), op_, ": ", name, " must be finite; got ", value, ".");
 }
 
-void ListCheck::strided(const Item& item) const {
-  const at::Tensor& t = *item.tensor;
-  TORCH_CHECK_TYPE(t.defined(), op_, ": ", label(item), " must be a tensor; got None.");
+void ListCheck::strided(const Argument& argument, int64_t i) const {
+  const at::Tensor& t = argument[i];
+  TORCH_CHECK_TYPE(t.defined(), op_, ": ", argument.label(i), " must be a tensor; got None.");
   TORCH_CHECK_TYPE(
-      t.layout() == at::kStrided, op_, ": ", label(item), " must be a strided (dense) tensor; got ", name_of(t.layout()),
-      ". Call .to_dense() on it.");
+      t.layout() == at::kStrided, op_, ": ", argument.label(i), " must be a strided (dense) tensor; got ",
+      name_of(t.layout()), ". Call .to_dense() on it.");
 }
 
-void ListCheck::add_written(const Item& item) {
-  const at::Tensor& t = *item.tensor;
+void ListCheck::may_write(const Argument& argument, int64_t i) const {
+  const at::Tensor& t = argument[i];
   TORCH_CHECK_VALUE(
-      !(c10::GradMode::is_enabled() && t.requires_grad()), op_, ": ", label(item),
+      !(c10::GradMode::is_enabled() && t.requires_grad()), op_, ": ", argument.label(i),
       " must not require grad while grad mode is on; got one that does. Call under torch.no_grad().");
   TORCH_CHECK_VALUE(
-      !overlaps_itself(t), op_, ": ", label(item), " must not overlap itself; got shape ", tuple_of(t.sizes()),
+      !overlaps_itself(t), op_, ": ", argument.label(i), " must not overlap itself; got shape ", tuple_of(t.sizes()),
       " with strides ", tuple_of(t.strides()), ". Pass a clone.");
-  items_.push_back(item);
+  TORCH_CHECK_VALUE(
+      !t.is_inference() || c10::InferenceMode::is_enabled(), op_, ": ", argument.label(i),
+      " must not be an inference tensor outside inference mode; got one. Pass a clone.");
 }
 
 void ListCheck::leading(const char* name, const TensorRefs& tensors) {
-  leader_ = name;
-  leaders_ = &tensors;
-  items_.reserve(4 * tensors.size() + 4);
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const at::Tensor& t = *tensors[i];
-    const Item item{name, static_cast<int64_t>(i), &t, true};
-    strided(item);
+  leader_ = {name, &tensors, nullptr, true};
+  for (int64_t i = 0; i < leader_.size(); ++i) {
+    const at::Tensor& t = leader_[i];
+    strided(leader_, i);
     TORCH_CHECK_TYPE(
-        contains(kFloating, t.scalar_type()), op_, ": ", label(item), " must be ", either(kFloating), "; got ",
+        contains(kFloating, t.scalar_type()), op_, ": ", leader_.label(i), " must be ", either(kFloating), "; got ",
         name_of(t.scalar_type()), ".");
     TORCH_CHECK_VALUE(
-        t.device() == tensors[0]->device(), op_, ": ", label(item), " must be on ", tensors[0]->device(), ", the device of ",
-        name, "[0]; got ", t.device(), ". Call once per device.");
-    add_written(item);
+        t.device() == leader_[0].device(), op_, ": ", leader_.label(i), " must be on ", leader_[0].device(),
+        ", the device of ", leader_.label(0), "; got ", t.device(), ". Call once per device.");
+    may_write(leader_, i);
   }
+  arguments_.push_back(leader_);
 }
 
 void ListCheck::following(const char* name, const TensorRefs& tensors, DtypeRule rule, bool written) {
+  const Argument argument{name, &tensors, nullptr, written};
   TORCH_CHECK_VALUE(
-      tensors.size() == leaders_->size(), op_, ": ", name, " must have the length of ", leader_, ", ", leaders_->size(),
-      "; got ", tensors.size(), ".");
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const at::Tensor& t = *tensors[i];
-    const at::Tensor& lead = *(*leaders_)[i];
-    const Item item{name, static_cast<int64_t>(i), &t, written};
-    const auto other = [&] { return label({leader_, static_cast<int64_t>(i), &lead, true}); };
-    strided(item);
+      argument.size() == leader_.size(), op_, ": ", name, " must have the length of ", leader_.name, ", ", leader_.size(),
+      "; got ", argument.size(), ".");
+  for (int64_t i = 0; i < argument.size(); ++i) {
+    const at::Tensor& t = argument[i];
+    const at::Tensor& lead = leader_[i];
+    strided(argument, i);
     TORCH_CHECK_VALUE(
-        t.device() == lead.device(), op_, ": ", label(item), " must be on ", lead.device(), ", the device of ", other(),
-        "; got ", t.device(), ".");
+        t.device() == lead.device(), op_, ": ", argument.label(i), " must be on ", lead.device(), ", the device of ",
+        leader_.label(i), "; got ", t.device(), ".");
     TORCH_CHECK_TYPE(
-        contains(rule(lead.scalar_type()), t.scalar_type()), op_, ": ", label(item), " must be ",
-        either(rule(lead.scalar_type())), " beside ", other(), " of ", name_of(lead.scalar_type()), "; got ",
+        contains(rule(lead.scalar_type()), t.scalar_type()), op_, ": ", argument.label(i), " must be ",
+        either(rule(lead.scalar_type())), " beside ", leader_.label(i), " of ", name_of(lead.scalar_type()), "; got ",
         name_of(t.scalar_type()), ".");
     TORCH_CHECK_VALUE(
-        t.sizes() == lead.sizes(), op_, ": ", label(item), " must have the shape of ", other(), " ", tuple_of(lead.sizes()),
-        "; got ", tuple_of(t.sizes()), ".");
-    if (written) {
-      add_written(item);
-    } else {
-      items_.push_back(item);
-    }
+        t.sizes() == lead.sizes(), op_, ": ", argument.label(i), " must have the shape of ", leader_.label(i), " ",
+        tuple_of(lead.sizes()), "; got ", tuple_of(t.sizes()), ".");
+    if (written) may_write(argument, i);
   }
+  arguments_.push_back(argument);
 }
 
 void ListCheck::following_or_empty(
     const char* name, const TensorRefs& tensors, DtypeRule rule, bool needed, const char* needed_while) {
   TORCH_CHECK_VALUE(
-      !tensors.empty() || !needed, op_, ": ", name, " must have the length of ", leader_, ", ", leaders_->size(), ", while ",
-      needed_while, "; got 0.");
+      !tensors.empty() || !needed, op_, ": ", name, " must have the length of ", leader_.name, ", ", leader_.size(),
+      ", while ", needed_while, "; got 0.");
   if (!tensors.empty()) following(name, tensors, rule, true);
 }
 
 void ListCheck::scalar(const char* name, const at::Tensor* tensor, bool written, bool on_cpu) {
   if (tensor == nullptr) return;
   const at::Tensor& t = *tensor;
-  const Item item{name, -1, &t, written};
-  strided(item);
+  const Argument argument{name, nullptr, tensor, written};
+  strided(argument, 0);
   TORCH_CHECK_TYPE(
       contains(kReal, t.scalar_type()), op_, ": ", name, " must be ", either(kReal), "; got ", name_of(t.scalar_type()), ".");
   TORCH_CHECK_VALUE(t.numel() == 1, op_, ": ", name, " must have one element; got shape ", tuple_of(t.sizes()), ".");
-  const at::Device device = leaders_->empty() ? t.device() : leaders_->front()->device();
+  const at::Device device = leader_.size() == 0 ? t.device() : leader_[0].device();
   TORCH_CHECK_VALUE(
       t.device() == device || (on_cpu && t.is_cpu()), op_, ": ", name, " must be on ",
       on_cpu && !device.is_cpu() ? "cpu or " : "", device, "; got ", t.device(), ".");
-  if (written) {
-    add_written(item);
-  } else {
-    items_.push_back(item);
-  }
+  if (written) may_write(argument, 0);
+  arguments_.push_back(argument);
 }
 
 void ListCheck::memory() const {
   std::vector<Span> spans;
-  spans.reserve(items_.size());
-  for (const Item& item : items_) {
-    const at::Tensor& t = *item.tensor;
-    if (t.numel() == 0) continue;
-    const auto itemsize = static_cast<int64_t>(t.itemsize());
-    const int64_t bytes = extent(t);
-    const c10::StorageImpl* storage = t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
-    const int64_t held = storage != nullptr ? static_cast<int64_t>(storage->nbytes()) : 0;
-    TORCH_CHECK_VALUE(
-        t.storage_offset() * itemsize + bytes <= held, op_, ": ", label(item),
-        " must have storage for its elements; got a storage of ", held, " bytes. It was resized or freed behind the tensor.");
-    // Asking for a mutable address first gives a copy-on-write tensor memory of its own.
-    const void* address = item.written ? t.mutable_data_ptr() : t.const_data_ptr();
-    const auto begin = reinterpret_cast<uintptr_t>(address);
-    TORCH_CHECK_VALUE(
-        begin % itemsize == 0, op_, ": ", label(item), " must be aligned to its element size, ", itemsize,
-        " bytes; got an address that is ", begin % itemsize, " past it. Pass a clone.");
-    spans.push_back({begin, begin + static_cast<uintptr_t>(bytes), &item});
+  size_t count = 0;
+  for (const Argument& argument : arguments_) count += argument.size();
+  spans.reserve(count);
+  for (size_t a = 0; a < arguments_.size(); ++a) {
+    const Argument& argument = arguments_[a];
+    for (int64_t i = 0; i < argument.size(); ++i) {
+      const at::Tensor& t = argument[i];
+      if (t.numel() == 0) continue;
+      const auto itemsize = static_cast<int64_t>(t.itemsize());
+      const int64_t bytes = extent(t);
+      const c10::StorageImpl* storage = t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
+      const int64_t held = storage != nullptr ? static_cast<int64_t>(storage->nbytes()) : 0;
+      TORCH_CHECK_VALUE(
+          t.storage_offset() * itemsize + bytes <= held, op_, ": ", argument.label(i),
+          " must have storage for its elements; got a storage of ", held,
+          " bytes. It was resized or freed behind the tensor.");
+      // Asking for a mutable address first gives a copy-on-write tensor memory of its own.
+      const void* address = argument.written ? t.mutable_data_ptr() : t.const_data_ptr();
+      const auto begin = reinterpret_cast<uintptr_t>(address);
+      TORCH_CHECK_VALUE(
+          begin % itemsize == 0, op_, ": ", argument.label(i), " must be aligned to its element size, ", itemsize,
+          " bytes; got an address that is ", begin % itemsize, " past it. Pass a clone.");
+      spans.push_back({begin, begin + bytes, static_cast<uint32_t>(a), static_cast<uint32_t>(i)});
+    }
   }
   sort_by_begin(spans);
   for (size_t first = 0; first < spans.size();) {
     size_t last = first + 1;
     uintptr_t end = spans[first].end;
     for (; last < spans.size() && spans[last].begin < end; ++last) end = std::max(end, spans[last].end);
-    if (last - first > 1) no_sharing(spans.data() + first, spans.data() + last);
+    if (last - first > 1) no_sharing({spans.begin() + first, spans.begin() + last});
     first = last;
-  }
-}
-
-// Radix sort: with a thousand small tensors a comparison sort would take longer than the update itself.
-void ListCheck::sort_by_begin(std::vector<Span>& spans) {
-  constexpr int kBits = 11;
-  constexpr uintptr_t kMask = (uintptr_t{1} << kBits) - 1;
-  constexpr size_t kFew = 64;
-  if (spans.size() < kFew) {
-    std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
-    return;
-  }
-  uintptr_t all_ones = ~uintptr_t{0};
-  uintptr_t any_one = 0;
-  for (const Span& span : spans) {
-    all_ones &= span.begin;
-    any_one |= span.begin;
-  }
-  const uintptr_t varying = any_one & ~all_ones;
-  std::vector<Span> sorted(spans.size());
-  for (int shift = 0; shift < 64; shift += kBits) {
-    if (((varying >> shift) & kMask) == 0) continue;
-    uint32_t place[kMask + 2] = {};
-    for (const Span& span : spans) ++place[((span.begin >> shift) & kMask) + 1];
-    for (size_t digit = 0; digit < kMask; ++digit) place[digit + 1] += place[digit];
-    for (const Span& span : spans) sorted[place[(span.begin >> shift) & kMask]++] = span;
-    spans.swap(sorted);
   }
 }
 
 // Exact test on tensors whose address ranges overlap: notes the owner of every element that is written, then looks for others
 // there. Only interleaved views come this far, and wrong arguments.
-void ListCheck::no_sharing(const Span* first, const Span* last) const {
-  std::vector<Span> spans(first, last);
-  std::stable_sort(
-      spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.item->written > b.item->written; });
-  if (!spans.front().item->written) return;
+void ListCheck::no_sharing(std::vector<Span> cluster) const {
+  const auto written = [&](const Span& span) { return arguments_[span.argument].written; };
+  const auto tensor = [&](const Span& span) -> const at::Tensor& { return arguments_[span.argument][span.index]; };
+  const auto label = [&](const Span& span) { return arguments_[span.argument].label(span.index); };
+  const uintptr_t start = cluster.front().begin;
+  std::sort(cluster.begin(), cluster.end(), [&](const Span& a, const Span& b) {
+    return std::tuple(!written(a), a.argument, a.index) < std::tuple(!written(b), b.argument, b.index);
+  });
+  if (!written(cluster.front())) return;
   // Every address is a multiple of its element size, so all are multiples of the smallest one.
   int64_t cell = 8;
   uintptr_t end = 0;
-  for (const Span& span : spans) {
-    cell = std::min(cell, static_cast<int64_t>(span.item->tensor->itemsize()));
+  for (const Span& span : cluster) {
+    cell = std::min(cell, static_cast<int64_t>(tensor(span).itemsize()));
     end = std::max(end, span.end);
   }
-  std::vector<uint32_t> owners((end - first->begin) / cell, 0);
-  for (size_t i = 0; i < spans.size(); ++i) {
-    const Item& item = *spans[i].item;
-    const int64_t base = static_cast<int64_t>(spans[i].begin - first->begin);
-    const int64_t cells = static_cast<int64_t>(item.tensor->itemsize()) / cell;
+  std::vector<uint32_t> owners((end - start) / cell, 0);
+  for (size_t i = 0; i < cluster.size(); ++i) {
+    const Span& span = cluster[i];
+    const auto base = static_cast<int64_t>(span.begin - start);
+    const int64_t cells = static_cast<int64_t>(tensor(span).itemsize()) / cell;
     uint32_t owner = 0;
-    for_each_offset(*item.tensor, [&](int64_t offset) {
+    for_each_offset(tensor(span), [&](int64_t offset) {
       for (int64_t c = 0; c < cells; ++c) {
         uint32_t& mark = owners[(base + offset) / cell + c];
-        if (mark != 0) owner = mark;
-        if (item.written) mark = static_cast<uint32_t>(i + 1);
+        owner = std::max(owner, mark);
+        if (written(span)) mark = static_cast<uint32_t>(i + 1);
       }
     });
     TORCH_CHECK_VALUE(
-        owner == 0, op_, ": ", label(*spans[owner == 0 ? 0 : owner - 1].item), " must not share memory with ", label(item),
+        owner == 0, op_, ": ", label(cluster[owner == 0 ? 0 : owner - 1]), " must not share memory with ", label(span),
         "; got overlapping tensors. Pass a clone.");
   }
 }
 
 void ListCheck::bump_versions() const {
-  for (const Item& item : items_) {
-    if (item.written && !item.tensor->is_inference()) item.tensor->unsafeGetTensorImpl()->bump_version();
+  for (const Argument& argument : arguments_) {
+    if (!argument.written) continue;
+    for (int64_t i = 0; i < argument.size(); ++i) {
+      if (!argument[i].is_inference()) argument[i].unsafeGetTensorImpl()->bump_version();
+    }
   }
 }
 

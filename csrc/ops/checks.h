@@ -43,24 +43,25 @@ class ListCheck {
   void bump_versions() const;
 
  private:
-  struct Item {
+  struct Argument {
     const char* name;
-    int64_t index;  // -1: not in a list
-    const at::Tensor* tensor;
+    const TensorRefs* list;     // null: one tensor
+    const at::Tensor* single;
     bool written;
-  };
-  struct Span;
 
-  static std::string label(const Item& item);
-  void strided(const Item& item) const;
-  void add_written(const Item& item);
-  static void sort_by_begin(std::vector<Span>& spans);
-  void no_sharing(const Span* first, const Span* last) const;
+    int64_t size() const { return list != nullptr ? static_cast<int64_t>(list->size()) : 1; }
+    const at::Tensor& operator[](int64_t i) const { return list != nullptr ? *(*list)[i] : *single; }
+    std::string label(int64_t i) const { return list != nullptr ? std::string(name) + "[" + std::to_string(i) + "]" : name; }
+  };
+  struct Span;  // the memory of one tensor
+
+  void strided(const Argument& argument, int64_t i) const;
+  void may_write(const Argument& argument, int64_t i) const;
+  void no_sharing(std::vector<Span> cluster) const;
 
   const char* op_;
-  const char* leader_ = "";
-  const TensorRefs* leaders_ = nullptr;
-  std::vector<Item> items_;
+  Argument leader_{};
+  std::vector<Argument> arguments_;
 };
 
 // The value of a one-element float32 or float64 tensor on the CPU.

@@ -40,10 +40,10 @@ void check(const Arguments& a, ListCheck& checks) {
   checks.following_or_empty(
       "momentum_buffers_imag", a.momentum_buffers_imag, opmath_dtype, a.momentum_imag != 0, "momentum_imag is not zero");
   checks.scalar("lr", a.lr, false, true);
-  if (a.lr->is_cpu()) checks.finite("lr", cpu_value(*a.lr));
   checks.scalar("grad_scale", a.grad_scale, false, false);
   checks.scalar("found_inf", a.found_inf, false, false);
   checks.memory();
+  if (a.lr->is_cpu()) checks.finite("lr", cpu_value(*a.lr));
 }
 
 // Calls visit(T{}, list) for each dtype of the params, with a list of as many operands as there are buffers.
@@ -126,8 +126,8 @@ void complex_sgd_step_(BoxedArguments next) {
   ListCheck checks("complex_sgd_step_");
   check(arguments, checks);
   if (arguments.params.empty()) return;
+  checks.bump_versions();  // now, while the tensors' records are still in the cache
   kRun(arguments);
-  checks.bump_versions();
 }
 
 }  // namespace

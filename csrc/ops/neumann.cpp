@@ -38,9 +38,9 @@ void check(const Arguments& a, ListCheck& checks) {
   checks.following("p", a.p, same_dtype, true);
   checks.following("av", a.av, product_dtypes, false);
   checks.scalar("alpha", a.alpha, false, true);
-  if (a.alpha->is_cpu()) checks.finite("alpha", cpu_value(*a.alpha));
   checks.scalar("sq_norm", a.sq_norm, true, false);
   checks.memory();
+  if (a.alpha->is_cpu()) checks.finite("alpha", cpu_value(*a.alpha));
 }
 
 // Calls visit(V{}, A{}, list) for each pair of dtypes that is there.
@@ -119,8 +119,8 @@ void neumann_step_(BoxedArguments next) {
   };
   ListCheck checks("neumann_step_");
   check(arguments, checks);
+  checks.bump_versions();  // now, while the tensors' records are still in the cache
   kRun(arguments);
-  checks.bump_versions();
 }
 
 }  // namespace
