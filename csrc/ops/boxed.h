@@ -43,21 +43,11 @@ class BoxedArguments {
   const c10::IValue* next_;
 };
 
-// The update has pushed the tensors' own records out of the cache; asking for all of them at once is quicker than meeting
-// them one by one.
-inline void prefetch_tensors(c10::ArrayRef<c10::IValue> arguments) {
-  for (const c10::IValue& argument : arguments) {
-    if (!argument.isTensorList()) continue;
-    for (const c10::IValue& value : argument.toListRef()) __builtin_prefetch(value.unsafeToTensorImpl(), 1);
-  }
-}
-
 // The signature that torch::CppFunction::makeFromBoxedFunction asks for.
 template <void (*kKernel)(BoxedArguments)>
 void boxed(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const size_t count = op.schema().arguments().size();
   kKernel(BoxedArguments(op, *stack));
-  prefetch_tensors(torch::jit::last(*stack, count));
   const bool python = Py_IsInitialized() != 0;
   const PyGILState_STATE lock = python ? PyGILState_Ensure() : PyGILState_STATE{};
   torch::jit::drop(*stack, count);

@@ -99,28 +99,41 @@ struct ListCheck::Span {
 
 namespace {
 
-// Sorts by begin with a radix sort: with a thousand small tensors a comparison sort would take longer than the update itself.
-template <class Span>
-void sort_by_begin(std::vector<Span>& spans) {
-  constexpr int kBits = 11;
-  constexpr uintptr_t kMask = (uintptr_t{1} << kBits) - 1;
-  constexpr size_t kFew = 64;
-  if (spans.size() < kFew) {
-    std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
-    return;
+// The storages met so far. Tensors that each have a storage of their own, from the allocator, share no memory and are aligned,
+// and nothing need be known of their addresses; that is quicker than sorting those of a thousand small tensors.
+class StorageSet {
+ public:
+  explicit StorageSet(size_t count) : slots_(std::bit_ceil(2 * count + 1), nullptr) {}
+
+  // False where the memory may belong to something else as well: NumPy, another process, a lazy copy.
+  bool owns_its_memory(const c10::StorageImpl& storage) {
+    const c10::Allocator* allocator = const_cast<c10::StorageImpl&>(storage).allocator();
+    if (allocator == nullptr) return false;
+    if (allocator != allocator_) {
+      allocator_ = allocator;
+      deleter_ = allocator->raw_deleter();
+    }
+    return deleter_ != nullptr && storage.data_ptr().get_deleter() == deleter_;
   }
-  uintptr_t varying = 0;
-  for (const Span& span : spans) varying |= span.begin ^ spans.front().begin;
-  std::vector<Span> sorted(spans.size());
-  for (int shift = std::countr_zero(varying | (uintptr_t{1} << 63)); shift < 64; shift += kBits) {
-    if (((varying >> shift) & kMask) == 0) continue;
-    uint32_t place[kMask + 2] = {};
-    for (const Span& span : spans) ++place[((span.begin >> shift) & kMask) + 1];
-    for (size_t digit = 0; digit < kMask; ++digit) place[digit + 1] += place[digit];
-    for (const Span& span : spans) sorted[place[(span.begin >> shift) & kMask]++] = span;
-    spans.swap(sorted);
+
+  // False if it is there already.
+  bool insert(const c10::StorageImpl* storage) {
+    const size_t mask = slots_.size() - 1;
+    for (size_t at = (reinterpret_cast<uintptr_t>(storage) >> 4) * 0x9E3779B97F4A7C15u >> 20;; ++at) {
+      const c10::StorageImpl*& slot = slots_[at & mask];
+      if (slot == storage) return false;
+      if (slot == nullptr) {
+        slot = storage;
+        return true;
+      }
+    }
   }
-}
+
+ private:
+  std::vector<const c10::StorageImpl*> slots_;
+  const c10::Allocator* allocator_ = nullptr;
+  c10::DeleterFnPtr deleter_ = nullptr;
+};
 
 }  // namespace
 
@@ -226,33 +239,44 @@ void ListCheck::scalar(const char* name, const at::Tensor* tensor, bool written,
 }
 
 void ListCheck::memory() const {
-  std::vector<Span> spans;
   size_t count = 0;
   for (const Argument& argument : arguments_) count += argument.size();
+  StorageSet storages(count);
+  bool apart = true;
+  for (const Argument& argument : arguments_) {
+    for (int64_t i = 0; i < argument.size(); ++i) {
+      const at::Tensor& t = argument[i];
+      if (t.numel() == 0) continue;
+      const int64_t bytes = t.storage_offset() * static_cast<int64_t>(t.itemsize()) + extent(t);
+      const c10::StorageImpl* storage = t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
+      const int64_t held = storage != nullptr ? static_cast<int64_t>(storage->nbytes()) : 0;
+      TORCH_CHECK_VALUE(
+          bytes <= held, op_, ": ", argument.label(i), " must have storage for its elements; got a storage of ", held,
+          " bytes. It was resized or freed behind the tensor.");
+      apart = apart && storages.owns_its_memory(*storage) && storages.insert(storage);
+    }
+  }
+  if (!apart) addresses(count);
+}
+
+void ListCheck::addresses(size_t count) const {
+  std::vector<Span> spans;
   spans.reserve(count);
   for (size_t a = 0; a < arguments_.size(); ++a) {
     const Argument& argument = arguments_[a];
     for (int64_t i = 0; i < argument.size(); ++i) {
       const at::Tensor& t = argument[i];
       if (t.numel() == 0) continue;
-      const auto itemsize = static_cast<int64_t>(t.itemsize());
-      const int64_t bytes = extent(t);
-      const c10::StorageImpl* storage = t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
-      const int64_t held = storage != nullptr ? static_cast<int64_t>(storage->nbytes()) : 0;
-      TORCH_CHECK_VALUE(
-          t.storage_offset() * itemsize + bytes <= held, op_, ": ", argument.label(i),
-          " must have storage for its elements; got a storage of ", held,
-          " bytes. It was resized or freed behind the tensor.");
       // Asking for a mutable address first gives a copy-on-write tensor memory of its own.
       const void* address = argument.written ? t.mutable_data_ptr() : t.const_data_ptr();
       const auto begin = reinterpret_cast<uintptr_t>(address);
       TORCH_CHECK_VALUE(
-          begin % itemsize == 0, op_, ": ", argument.label(i), " must be aligned to its element size, ", itemsize,
-          " bytes; got an address that is ", begin % itemsize, " past it. Pass a clone.");
-      spans.push_back({begin, begin + bytes, static_cast<uint32_t>(a), static_cast<uint32_t>(i)});
+          begin % t.itemsize() == 0, op_, ": ", argument.label(i), " must be aligned to its element size, ", t.itemsize(),
+          " bytes; got an address that is ", begin % t.itemsize(), " past it. Pass a clone.");
+      spans.push_back({begin, begin + extent(t), static_cast<uint32_t>(a), static_cast<uint32_t>(i)});
     }
   }
-  sort_by_begin(spans);
+  std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
   for (size_t first = 0; first < spans.size();) {
     size_t last = first + 1;
     uintptr_t end = spans[first].end;

@@ -57,6 +57,7 @@ class ListCheck {
 
   void strided(const Argument& argument, int64_t i) const;
   void may_write(const Argument& argument, int64_t i) const;
+  void addresses(size_t count) const;
   void no_sharing(std::vector<Span> cluster) const;
 
   const char* op_;
