@@ -1,0 +1,208 @@
+"""What a run leaves behind in words: the JSON lines, the progress bar and the closing table."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .tune import MethodResult, TuneResult
+
+LABELS = {
+    "no-decay": "no decay",
+    "global-decay": "one global decay, random search",
+    "global-decay-refit": "  the same, on train + validation",
+    "per-weight-decay": "one decay per weight, implicit",
+    "per-example-weight": "one weight per example, implicit",
+}
+
+
+class JsonLog:
+    """A file of JSON objects, one a line, that can be cut back to where a checkpoint saw it end.
+
+    Every line has ``event``: ``config`` (first), ``point`` of a learning curve, ``trial`` of the search, ``result`` of
+    a method. Only ``seconds`` and ``peak_mib`` differ between equal runs. A number that is not finite is null.
+    """
+
+    def __init__(self, path: Path | None, keep_bytes: int = 0) -> None:
+        self.position = 0
+        self._file: IO[bytes] | None = None
+        if path is None:
+            return
+        self._file = path.open("r+b" if path.exists() else "w+b")
+        held = self._file.seek(0, os.SEEK_END)
+        if held < keep_bytes:
+            self._file.close()
+            raise OSError(f"{path}: must hold the {keep_bytes} bytes that the checkpoint counts; got {held}")
+        self._file.seek(keep_bytes)
+        self._file.truncate()
+        self.position = keep_bytes
+
+    def write(self, event: str, **values: Any) -> None:
+        """Appends one line."""
+        line = json.dumps({"event": event, **_finite(values)}, allow_nan=False).encode() + b"\n"
+        if self._file is not None:
+            self._file.write(line)
+            self._file.flush()
+            self.position += len(line)
+
+    def sync(self) -> None:
+        """Makes what was written durable, so that a checkpoint never counts lines that the disk does not hold."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def __enter__(self) -> "JsonLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+class ProgressBar:
+    """A tqdm bar on a terminal; silent where stderr is no terminal or tqdm is not installed."""
+
+    def __init__(self, total: int) -> None:
+        self._bar: Any = None
+        if not sys.stderr.isatty():
+            return
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            print("No progress bar: tqdm is not installed (pip install nestopt_ext[experiments]).", file=sys.stderr)
+            return
+        self._bar = tqdm(total=total, unit="step", dynamic_ncols=True, leave=False)
+
+    def stage(self, label: str) -> None:
+        """Names the model that is being trained."""
+        if self._bar is not None:
+            self._bar.set_description(label)
+
+    def advance(self, steps: int, note: str = "") -> None:
+        """Moves the bar."""
+        if self._bar is not None:
+            if note:
+                self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(steps)
+
+    def close(self) -> None:
+        """Takes the bar off the screen."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def table_rows(result: "TuneResult") -> tuple[list[str], list[list[str]]]:
+    """The closing table as text: its header and a row of cells for each method."""
+    weights_examples = result.config.hparams == "per-example-weight"
+    header = ["method", "hparams", "train loss / acc", "valid loss / acc", "test loss / acc", "test acc *"]
+    header += [*(["AUC"] if weights_examples else []), "time", "peak MiB"]
+    rows = []
+    for method in result.methods:
+        row = [LABELS[method.method], f"{method.num_hparams:,}"]
+        if method.skipped:
+            row += ["skipped", *["-"] * (len(header) - 3)]
+        else:
+            row += _score_cells(method)
+            if weights_examples:
+                row.append("-" if method.auc is None else f"{method.auc:.3f}")
+            row += [f"{method.seconds:.1f} s", f"{method.peak_mib:.0f}"]
+        rows.append(row)
+    return header, rows
+
+
+def notes(result: "TuneResult") -> list[str]:
+    """What a reader must know to read the table."""
+    config, split = result.config, result.split
+    lines = [
+        f"{config.data}: {len(split.train)} training, {len(split.valid)} validation, {len(split.test)} test examples;"
+        f" seed {config.seed}; each model {config.steps * config.inner_steps} steps of {config.inner_optimizer}.",
+        "* at the step of lowest validation loss (early stopping); the other figures are those of the last step.",
+        "The validation loss is what was minimized and flatters; only the test part was not looked at.",
+    ]
+    if config.label_noise:
+        flipped = int(split.flipped.sum())
+        lines.insert(
+            1, f"{flipped} of {len(split.train)} training labels are wrong; validation and test labels are clean."
+        )
+    for method in result.methods:
+        if method.skipped:
+            lines.append(f"{LABELS[method.method].strip()}: skipped, {method.skipped}.")
+        elif method.method == "global-decay" and method.log_decay is not None:
+            lines.append(
+                f"Best of {config.trials} global decays, each trained in full: {math.exp(method.log_decay):.2e}."
+            )
+        elif method.diverged_solves:
+            lines.append(
+                f"In {method.diverged_solves} of {config.steps - (config.warmup or 0)} hypergradients the Neumann sum"
+                " grew (the inner loss was not convex there); its terms were used as they are."
+            )
+    return lines
+
+
+def print_table(result: "TuneResult", file: IO[str] | None = None) -> None:
+    """Prints the closing table and its notes, with rich where it is installed, as plain text otherwise."""
+    file = file or sys.stdout
+    header, rows = table_rows(result)
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        file.write(plain_table(header, rows) + "\n")
+    else:
+        table = Table(*header)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for column in table.columns:
+            column.no_wrap = True
+        for row in rows:
+            table.add_row(*row, style="bold" if row is rows[-1] else None)
+        # A table that wraps is unreadable; a line that is too long for the window is not.
+        wide = max(160, Console(file=file).width)
+        Console(file=file, width=wide, highlight=False).print(table)
+    file.write("".join(f"{line}\n" for line in notes(result)))
+
+
+def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns lined up with spaces, the first to the left and the others to the right.
+
+    >>> print(plain_table(["a", "b"], [["x", "10"]]))
+    a   b
+    -  --
+    x  10
+    """
+    cells = [list(header), *map(list, rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
+        for r in cells
+    ]
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _score_cells(method: "MethodResult") -> list[str]:
+    final = method.final
+    pairs = (
+        (final.train_loss, final.train_accuracy),
+        (final.valid_loss, final.valid_accuracy),
+        (final.test_loss, final.test_accuracy),
+    )
+    cells = [f"{loss:.3f} / {100 * accuracy:.1f} %" for loss, accuracy in pairs]
+    early = f"{100 * method.stopped_early.test_accuracy:.1f} %"
+    if method.method == "global-decay-refit":  # its validation part was trained on and says nothing
+        cells[1], early = "trained on", "-"
+    return [*cells, early]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,432 @@
+"""Tunes one weight decay per weight, or one weight per training example, against two baselines on the same split.
+
+Four models are trained, all from the same start, for the same number of inner steps, with the same optimizer:
+
+1. without decay (for per-example weights: with uniform weights and no decay);
+2. with one decay for all weights, the best on the validation part of ``trials`` drawn by Optuna's random search,
+   log-uniform over `SEARCH_RANGE`; each trial is trained in full, so the search may spend ``trials`` times the inner
+   steps of the tuned model;
+3. a reference for the reader: with that decay again, on training and validation parts together, which is what the
+   validation examples are worth as training examples;
+4. the tuned one: as many hyperparameters as weights, or as training examples, moved by implicit differentiation.
+
+What to expect, and what not, is told with figures in the documentation of `nestopt_ext.experiments`.
+"""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint, data
+from .config import ConfigError, TuneConfig
+from .data import Part, Split
+from .models import build_model
+from .problems import FixedDecay, PerExampleWeight, PerWeightDecay, Problem
+from .report import JsonLog
+from .training import Scores, Training, TrainingDiverged
+
+#: Logarithms of the global decays that random search draws from.
+SEARCH_RANGE = (-12.0, -1.0)
+CHECKPOINT_VERSION = 1
+#: Seconds of training between checkpoints; an interrupt writes one at once.
+_CHECKPOINT_SECONDS = 10.0
+
+NO_DECAY, GLOBAL_DECAY, REFIT = "no-decay", "global-decay", "global-decay-refit"
+
+
+class TuneError(RuntimeError):
+    """The run cannot go on; the message is one line with what to do."""
+
+
+class Interrupted(RuntimeError):
+    """The run was asked to stop; everything done is in the checkpoint."""
+
+
+class Progress(Protocol):
+    """Who is told how far the run is."""
+
+    def stage(self, label: str) -> None:
+        """A new model is being trained."""
+
+    def advance(self, steps: int, note: str = "") -> None:
+        """Outer steps were taken, or were found done."""
+
+
+class _Silent:
+    def stage(self, label: str) -> None:
+        pass
+
+    def advance(self, steps: int, note: str = "") -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """One row of the closing table.
+
+    ``points`` is the learning curve, one dict of `Scores` and ``step`` each; the last is the model as it ended.
+    ``auc`` says how well the learned weights separate clean from flipped labels, ``diverged_solves`` in how many
+    hypergradients the Neumann sum grew because the inner loss was not convex there. ``skipped`` is the reason why there
+    is nothing else.
+    """
+
+    method: str
+    num_hparams: int
+    points: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_mib: float = 0.0
+    log_decay: float | None = None
+    auc: float | None = None
+    diverged_solves: int = 0
+    skipped: str | None = None
+
+    @property
+    def final(self) -> Scores:
+        """Scores after the last step."""
+        return Scores(**{name: value for name, value in self.points[-1].items() if name != "step"})
+
+    @property
+    def stopped_early(self) -> Scores:
+        """Scores at the point of lowest validation loss."""
+        best = min(self.points, key=lambda point: point["valid_loss"])
+        return Scores(**{name: value for name, value in best.items() if name != "step"})
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What a run found: a row for each method, the tuned hyperparameters on the CPU, the tuned model and the split."""
+
+    config: TuneConfig
+    methods: list[MethodResult]
+    hparams: list[Tensor]
+    model: nn.Module
+    split: Split
+
+    def method(self, name: str) -> MethodResult:
+        """The row of ``name``. Raises KeyError when there is none."""
+        for result in self.methods:
+            if result.method == name:
+                return result
+        raise KeyError(name)
+
+
+def tune(
+    config: TuneConfig,
+    output: Path | None = None,
+    *,
+    resume: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+    progress: Progress | None = None,
+) -> TuneResult:
+    """Runs all four trainings of the module's list and returns what they reached.
+
+    With ``output``, a folder that exists, the run is logged to ``log.jsonl`` and saved to ``checkpoint.pt`` there; with
+    ``resume`` it continues from that checkpoint to the numbers of an uninterrupted run, bit for bit on one machine.
+    ``should_stop`` is asked after every outer step; once it says yes, the run is saved and Interrupted is raised.
+
+    Raises ConfigError, DataError and FormatError for what the caller can mend, CheckpointError when the checkpoint is
+    damaged, TuneError when a training diverges.
+    """
+    config = config.resolved()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads or threads)
+    try:
+        return _Run(config, output, resume, should_stop, progress or _Silent()).run()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def auc(scores: Tensor, positive: Tensor) -> float | None:
+    """Chance that a positive example has a higher score than a negative one, ties counted half; both tensors [N].
+
+    None where one of the two kinds is absent.
+
+    >>> auc(torch.tensor([0.1, 0.4, 0.9]), torch.tensor([False, True, True]))
+    1.0
+    """
+    positives, negatives = scores[positive].double(), scores[~positive].double().sort().values
+    if not len(positives) or not len(negatives):
+        return None
+    below = torch.searchsorted(negatives, positives, side="left")
+    not_above = torch.searchsorted(negatives, positives, side="right")
+    return float((below + not_above).double().mean() / (2 * len(negatives)))
+
+
+def usable_device(name: str) -> torch.device:
+    """The device called ``name``. Raises ConfigError when there is none such or it cannot hold a tensor."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        cause = (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
+        raise ConfigError(f"--device must be a device of this machine; got {name!r}: {cause}.") from error
+    return device
+
+
+class _Run:
+    """The state of one run: what is finished, what is being trained, and where the log ends."""
+
+    def __init__(
+        self, config: TuneConfig, output: Path | None, resume: bool, should_stop: Callable[[], bool], progress: Progress
+    ) -> None:
+        self.config = config
+        self.should_stop = should_stop
+        self.progress = progress
+        self.device = usable_device(config.device)
+        dataset = data.load(config.data, Path(config.data_dir) if config.data_dir else None)
+        train_size, valid_size = config.train_size or 0, config.valid_size or 0
+        self.split = data.make_split(dataset, train_size, valid_size, config.label_noise, config.seed).to(self.device)
+        self.finished: list[MethodResult] = []
+        self.trials: list[dict[str, Any]] = []
+        self.tuned: dict[str, Any] = {}
+        self.pending: dict[str, Any] = {}
+        self.path = output / "checkpoint.pt" if output else None
+        log_bytes = self._load() if resume else 0
+        self.log = JsonLog(output / "log.jsonl" if output else None, log_bytes)
+        self.saved_at = 0.0
+
+    def run(self) -> TuneResult:
+        with self.log:
+            if not self.log.position:
+                sizes = {"train": len(self.split.train), "valid": len(self.split.valid), "test": len(self.split.test)}
+                config = {k: v for k, v in asdict(self.config).items() if k != "data_dir"}
+                self.log.write("config", **config, examples=sizes)
+            for method, stage in (
+                (NO_DECAY, self._no_decay),
+                (GLOBAL_DECAY, self._search),
+                (REFIT, self._refit),
+                (self.config.hparams, self._implicit),
+            ):
+                self._finish(method, stage)
+        model = self._model()
+        model.load_state_dict(self.tuned["model"])
+        return TuneResult(self.config, self.finished, list(self.tuned["hparams"]), model, self.split)
+
+    # Stages
+
+    def _finish(self, method: str, stage: Callable[[], MethodResult]) -> None:
+        if any(result.method == method for result in self.finished):
+            self.progress.advance(self.config.steps * (self.config.trials if method == GLOBAL_DECAY else 1))
+            return
+        self.progress.stage(method)
+        result = stage()
+        self.finished.append(result)
+        final = None if result.skipped else asdict(result.final)
+        self.log.write(
+            "result",
+            method=method,
+            num_hparams=result.num_hparams,
+            log_decay=result.log_decay,
+            auc=result.auc,
+            diverged_solves=result.diverged_solves,
+            final=final,
+            skipped=result.skipped,
+            seconds=result.seconds,
+            peak_mib=result.peak_mib,
+        )
+        self._save(None)
+
+    def _no_decay(self) -> MethodResult:
+        training = self._training(FixedDecay(None))
+        self._train(NO_DECAY, training, NO_DECAY)
+        return _result(NO_DECAY, 0, training)
+
+    def _search(self) -> MethodResult:
+        try:
+            import optuna
+        except ImportError:
+            reason = "Optuna is not installed: pip install nestopt_ext[experiments]"
+            self.progress.advance(self.config.steps * self.config.trials)
+            return MethodResult(GLOBAL_DECAY, 1, skipped=reason)
+        if self.config.trials == 0:
+            return MethodResult(GLOBAL_DECAY, 1, skipped="no trials were asked for (--trials 0)")
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=self.config.seed))
+        for number in range(self.config.trials):
+            # Trials that a checkpoint holds are asked for again, so that the sampler's state is the same too.
+            trial = study.ask()
+            log_decay = trial.suggest_float("log_decay", *SEARCH_RANGE)
+            if number < len(self.trials):
+                self.progress.advance(self.config.steps)
+            else:
+                self.progress.stage(f"{GLOBAL_DECAY} {number + 1}/{self.config.trials}")
+                self._trial(number, log_decay)
+            loss = self.trials[number]["valid_loss"]
+            if loss is None:
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            else:
+                study.tell(trial, loss)
+        return self._best_trial()
+
+    def _trial(self, number: int, log_decay: float) -> None:
+        training = self._training(FixedDecay(log_decay))
+        loss: float | None = None
+        try:
+            self._train(f"{GLOBAL_DECAY}/{number}", training, None)
+            loss = training.points[-1]["valid_loss"]
+        except TrainingDiverged:
+            self.progress.advance(self.config.steps - training.step_count)
+        trial: dict[str, Any] = {
+            "number": number,
+            "log_decay": log_decay,
+            "valid_loss": loss,
+            "seconds": training.seconds,
+        }
+        self.log.write("trial", method=GLOBAL_DECAY, **trial)
+        self.trials.append({**trial, "points": training.points, "peak_mib": training.peak_mib})
+        self._save(None)
+
+    def _best_trial(self) -> MethodResult:
+        sound = [trial for trial in self.trials if trial["valid_loss"] is not None]
+        if not sound:
+            raise TuneError("every trial of the global decay diverged. Lower --inner-lr.")
+        best = min(sound, key=lambda trial: float(trial["valid_loss"]))
+        for point in best["points"]:
+            self.log.write("point", method=GLOBAL_DECAY, **point)
+        return MethodResult(
+            GLOBAL_DECAY,
+            1,
+            points=best["points"],
+            seconds=sum(trial["seconds"] for trial in self.trials),
+            peak_mib=max(trial["peak_mib"] for trial in self.trials),
+            log_decay=best["log_decay"],
+        )
+
+    def _refit(self) -> MethodResult:
+        found = next(result for result in self.finished if result.method == GLOBAL_DECAY)
+        if found.skipped:
+            self.progress.advance(self.config.steps)
+            return MethodResult(REFIT, 1, skipped="there is no global decay to train with")
+        train, valid = self.split.train, self.split.valid
+        both = Part(torch.cat([train.x, valid.x]), torch.cat([train.y, valid.y]))
+        training = self._training(FixedDecay(found.log_decay), inner_part=both)
+        self._train(REFIT, training, REFIT)
+        return _result(REFIT, 1, training, log_decay=found.log_decay)
+
+    def _implicit(self) -> MethodResult:
+        config = self.config
+        start = config.log_decay if config.log_decay is not None else 0.0
+        model = self._model()
+        problem: Problem
+        if config.hparams == "per-weight-decay":
+            problem = PerWeightDecay(model, start)
+        else:
+            problem = PerExampleWeight(len(self.split.train), start, self.device)
+        training = Training(config, self.split, model, problem)
+        self._train(config.hparams, training, config.hparams)
+        hparams = [h.detach().cpu() for h in problem.hparams]
+        self.tuned = {"model": model.state_dict(), "hparams": hparams}
+        separation = auc(hparams[0], ~self.split.flipped) if config.hparams == "per-example-weight" else None
+        return _result(config.hparams, sum(h.numel() for h in hparams), training, auc=separation)
+
+    # One training
+
+    def _model(self) -> nn.Module:
+        channels, rows, columns = self.split.train.x.shape[1:]
+        name, width = self.config.model or "", self.config.width or 0
+        return build_model(name, (channels, rows, columns), len(self.split.classes), width, self.config.seed).to(
+            self.device
+        )
+
+    def _training(self, problem: Problem, inner_part: Part | None = None) -> Training:
+        return Training(self.config, self.split, self._model(), problem, inner_part=inner_part)
+
+    def _train(self, key: str, training: Training, log_as: str | None) -> None:
+        """Trains to the end, from where the checkpoint left ``key`` if it did; logs the points under ``log_as``."""
+        if self.pending.get("key") == key:
+            try:
+                training.load_state_dict(self.pending["state"])
+            except (KeyError, ValueError, RuntimeError, TypeError) as error:
+                cause = " ".join(str(error).split())[:120]
+                raise checkpoint.CheckpointError(
+                    f"{self.path}: does not fit its own configuration: {cause}."
+                ) from error
+            self.progress.advance(training.step_count)
+        self.pending = {}
+        while not training.done:
+            point = training.step() if log_as is None else self._explained(key, training)
+            if point is not None and log_as is not None:
+                self.log.write("point", method=log_as, **point)
+            self.progress.advance(1, f"validation loss {point['valid_loss']:.3f}" if point else "")
+            if self.should_stop():
+                self._save({"key": key, "state": training.state_dict()})
+                raise Interrupted
+            if training.seconds - self.saved_at > _CHECKPOINT_SECONDS:
+                self._save({"key": key, "state": training.state_dict()})
+                self.saved_at = training.seconds
+        self.saved_at = 0.0
+
+    def _explained(self, key: str, training: Training) -> dict[str, float] | None:
+        try:
+            return training.step()
+        except TrainingDiverged as error:
+            raise TuneError(f"{key}: {error}. Lower --inner-lr or --hyper-lr, or raise --inner-steps.") from error
+
+    # The checkpoint
+
+    def _save(self, pending: dict[str, Any] | None) -> None:
+        if self.path is None:
+            return
+        self.log.sync()
+        checkpoint.save(
+            self.path,
+            {
+                "version": CHECKPOINT_VERSION,
+                "data": _fingerprint(self.split),
+                "log_bytes": self.log.position,
+                "finished": [asdict(result) for result in self.finished],
+                "trials": self.trials,
+                "tuned": self.tuned,
+                "pending": pending or {},
+            },
+        )
+
+    def _load(self) -> int:
+        """Takes over the checkpoint and returns where the log ended when it was written."""
+        if self.path is None:
+            raise ValueError("tune: output must be given to resume; got None.")
+        if not self.path.exists() and self.path.parent.is_dir():
+            return 0  # stopped before anything was worth saving
+        state = checkpoint.load(self.path, CHECKPOINT_VERSION)
+        if state.get("data") != _fingerprint(self.split):
+            raise TuneError(f"{self.path}: was made with other data than --data and --data-dir give now.")
+        try:
+            self.finished = [MethodResult(**result) for result in state["finished"]]
+            self.trials, self.tuned, self.pending = state["trials"], state["tuned"], state["pending"]
+            return int(state["log_bytes"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise checkpoint.CheckpointError(f"{self.path}: is damaged: {error}.") from error
+
+
+def _result(
+    method: str,
+    num_hparams: int,
+    training: Training,
+    *,
+    log_decay: float | None = None,
+    auc: float | None = None,
+) -> MethodResult:
+    return MethodResult(
+        method,
+        num_hparams,
+        training.points,
+        training.seconds,
+        training.peak_mib,
+        log_decay=log_decay,
+        auc=auc,
+        diverged_solves=training.diverged_solves,
+    )
+
+
+def _fingerprint(split: Split) -> int:
+    """A check sum of the split, to notice that a run is continued on other data."""
+    total = 0
+    for part in (split.train, split.valid, split.test):
+        for tensor in (part.x, part.y):
+            total = zlib.crc32(tensor.cpu().numpy().tobytes(), total)
+    return total

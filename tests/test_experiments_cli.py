@@ -1,0 +1,192 @@
+"""The command line: help, info, exit codes, one-line errors, a real Ctrl-C and what continues it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nestopt_ext.experiments import cli
+
+pytest.importorskip("sklearn")
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--steps", "6", "--inner-steps", "2", "--warmup", "1", "--trials", "1"]
+SMALL += ["--train-size", "40", "--valid-size", "30", "--width", "4"]
+
+
+def run(*arguments: str) -> int:
+    try:
+        return cli.main(arguments)
+    except SystemExit as exit:
+        return exit.code if isinstance(exit.code, int) else 1
+
+
+def untimed(log: Path) -> list[dict]:
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "peak_mib")} for line in lines]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "nestopt_ext", *arguments]
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def test_module_alone_prints_its_commands():
+    done = subprocess.run(command(), capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert done.returncode == 0
+    assert "tune" in done.stdout and "info" in done.stdout and not done.stderr
+
+
+def test_info_for_people_and_for_programs(capsys):
+    assert run("info") == 0
+    text = capsys.readouterr().out
+    assert "native library" in text and torch.__version__ in text and "SIMD level" in text and "CUDA archs" in text
+    assert run("info", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["torch"] == torch.__version__ and facts["devices"][0]["name"] == "cpu"
+    assert set(facts["optional"]) >= {"optuna", "matplotlib", "scikit-learn", "tqdm", "rich"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["nonsense"], "nonsense"),
+        (["tune", "--nonsense"], "--nonsense"),
+        (["tune", "--steps", "many"], "--steps"),
+        (["tune", "--steps", "0"], "--steps must be"),
+        (["tune", "--hparams", "per-layer"], "--hparams"),
+        (["tune", "--alpha", "x"], "--alpha"),
+        (["tune", "--alpha", "-1"], "--alpha"),
+        (["tune", "--label-noise", "1"], "--label-noise"),
+        (["tune", "--label-noise", "nan"], "--label-noise"),
+        (["tune", "--device", "abacus"], "--device"),
+        (["tune", "--device", "cuda:99"], "--device"),
+        (["tune", "--data", "mnist"], "--data-dir"),
+        (["tune", "--data", "mnist", "--data-dir", "/nonexistent"], "yann.lecun.com"),
+        (["tune", "--train-size", "1700"], "--train-size"),
+        (["tune", "--resume", "/nonexistent"], "no run to continue"),
+        (["tune", "--resume", "x", "--output", "y"], "--output cannot be given"),
+    ],
+)
+def test_bad_arguments_give_one_line_and_code_2(tmp_path, capsys, monkeypatch, arguments, part):
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and part in captured.err and not captured.out
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_run_leaves_everything_and_says_where(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert run("tune", *SMALL, "--output", str(tmp_path / "o")) == 0
+    captured = capsys.readouterr()
+    assert "one decay per weight" in captured.out and str(tmp_path / "o") in captured.out
+    assert captured.err == ""  # quiet where stderr is no terminal
+    assert {p.name for p in (tmp_path / "o").iterdir()} == {"checkpoint.pt", "config.json", "curves.png", "log.jsonl"}
+
+
+def test_output_with_a_run_in_it_is_not_overwritten_unasked(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("tune", *SMALL, "--output", "o") == 0
+    first = (tmp_path / "o" / "log.jsonl").read_bytes()
+    capsys.readouterr()
+    assert run("tune", *SMALL, "--output", "o") == 2
+    assert "--overwrite" in capsys.readouterr().err and (tmp_path / "o" / "log.jsonl").read_bytes() == first
+    assert run("tune", *SMALL, "--output", "o", "--overwrite", "--seed", "1") == 0
+    assert (tmp_path / "o" / "log.jsonl").read_bytes() != first
+
+
+def test_default_output_never_meets_an_earlier_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("tune", *SMALL) == 0 and run("tune", *SMALL) == 0
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [
+        "tune-digits-per-weight-decay-0",
+        "tune-digits-per-weight-decay-0-run2",
+    ]
+
+
+def test_resume_refuses_what_conflicts_and_takes_what_agrees(tmp_path, capsys):
+    folder = str(tmp_path / "o")
+    assert run("tune", *SMALL, "--output", folder) == 0
+    capsys.readouterr()
+    assert run("tune", "--resume", folder, "--seed", "1") == 2
+    assert "--seed 1 conflicts" in capsys.readouterr().err
+    assert run("tune", "--resume", folder, "--inner-optimizer", "adam") == 2
+    assert "--inner-optimizer adam conflicts" in capsys.readouterr().err
+    assert run("tune", "--resume", folder, "--steps", "6", "--data-dir", str(tmp_path)) == 0
+
+
+def test_damaged_checkpoint_gives_one_line(tmp_path, capsys):
+    folder = tmp_path / "o"
+    assert run("tune", *SMALL, "--output", str(folder)) == 0
+    path = folder / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+    capsys.readouterr()
+    assert run("tune", "--resume", str(folder)) == 1
+    error = capsys.readouterr().err
+    assert str(path) in error and error.count("\n") == 1
+    (folder / "config.json").write_text("{")
+    assert run("tune", "--resume", str(folder)) == 2
+    assert "config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["matplotlib", "tqdm", "rich"])
+def test_absent_extras_do_not_stop_the_run(tmp_path, capsys, monkeypatch, module):
+    for name in [m for m in sys.modules if m == module or m.startswith(module + ".")] + [module]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert run("tune", *SMALL, "--output", str(tmp_path / "o")) == 0
+    captured = capsys.readouterr()
+    assert "one decay per weight" in captured.out
+    assert ("pip install" in captured.err) == (module == "matplotlib")
+
+
+LONG = [
+    "--steps",
+    "150",
+    "--inner-steps",
+    "1",
+    "--trials",
+    "1",
+    "--train-size",
+    "40",
+    "--valid-size",
+    "30",
+    "--width",
+    "4",
+]
+
+
+def stop_by(number: int, folder: Path) -> tuple[int, str]:
+    """Starts a run in ``folder``, sends it a signal in the middle, and returns its exit code and what it said."""
+    start = command("tune", *LONG, "--output", str(folder))
+    process = subprocess.Popen(start, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    log, deadline = folder / "log.jsonl", time.monotonic() + 100
+    while not (log.exists() and log.read_text().count("\n") > 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert log.read_text().count('"event": "result"') < 4  # it was stopped before its end
+    return process.returncode, errors
+
+
+def test_ctrl_c_leaves_a_run_that_continues_to_the_same_numbers(tmp_path):
+    code, errors = stop_by(signal.SIGINT, tmp_path / "stopped")
+    assert code == 130
+    assert f"--resume {tmp_path / 'stopped'}" in errors and "Traceback" not in errors
+    assert run("tune", "--resume", str(tmp_path / "stopped")) == 0
+    assert run("tune", *LONG, "--output", str(tmp_path / "whole")) == 0
+    assert untimed(tmp_path / "stopped" / "log.jsonl") == untimed(tmp_path / "whole" / "log.jsonl")
+
+
+def test_sigterm_stops_as_ctrl_c_does(tmp_path):
+    code, errors = stop_by(signal.SIGTERM, tmp_path / "stopped")
+    assert code == 143 and "--resume" in errors and "Traceback" not in errors
