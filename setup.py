@@ -14,18 +14,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
 os.chdir(ROOT)
 
 
 def say(text: str) -> None:
+    """Tells the user what the build decided; pip shows it with -v."""
     print(f"nestopt_ext: {text}", file=sys.stderr, flush=True)
 
 
 def find_cuda_home() -> None:
-    """nvcc on PATH may be a wrapper script, from whose place torch would guess a wrong CUDA_HOME."""
+    """Sets CUDA_HOME: from an nvcc on PATH that is a wrapper script, torch would guess a wrong one."""
     if "CUDA_HOME" in os.environ:
         return
     for nvcc in (shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"):
@@ -41,6 +42,7 @@ def write_report(folder: Path, report: dict[str, str]) -> None:
 
 
 def reason_not_to_build() -> str:
+    """Why there will be no native library, as a clause for native_status(); empty if there can be one."""
     if os.environ.get("NESTOPT_NATIVE", "auto") == "0":
         return "it was left out of the build (NESTOPT_NATIVE=0)"
     compiler = os.environ.get("CXX", "c++").split()[0]
@@ -49,8 +51,8 @@ def reason_not_to_build() -> str:
     return ""
 
 
-def extension() -> tuple[Any, str]:
-    """The extension module and the list of CUDA architectures, empty without CUDA."""
+def extension() -> Any:
+    """The extension module, with its CUDA part or without."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, CppExtension, CUDAExtension
 
@@ -61,7 +63,14 @@ def extension() -> tuple[Any, str]:
     cuda = want == "1" or (want == "auto" and torch.version.cuda is not None and CUDA_HOME is not None)
 
     sources = Path("csrc/sources.txt").read_text(encoding="utf-8").split()
-    cxx = ["-std=c++20", "-fvisibility=hidden", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
+    cxx = [
+        "-std=c++20",
+        "-fvisibility=hidden",
+        "-fopenmp",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-ffp-contract=off",
+    ]
     cxx += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-D_GLIBCXX_ASSERTIONS"]
     link = ["-fopenmp", "-Wl,--as-needed"]
     if sanitize := os.environ.get("NESTOPT_SANITIZE", ""):
@@ -70,25 +79,24 @@ def extension() -> tuple[Any, str]:
     else:
         cxx += ["-O3", "-g0"]
 
-    archs = ""
     options = {"cxx": cxx}
+    what = "CPU only"
     if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
         archs = os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ")
         cxx += ["-DNESTOPT_WITH_CUDA", f'-DNESTOPT_CUDA_ARCHS="{archs}"']
+        what = f"with CUDA for {archs}"
         options["nvcc"] = ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
     else:
         sources = [source for source in sources if not source.endswith(".cu")]
-    say(f"building the native library, {f'with CUDA for {archs}' if cuda else 'CPU only'}, for torch {torch.__version__}")
+    say(f"building the native library, {what}, for torch {torch.__version__}")
     kind = CUDAExtension if cuda else CppExtension
     include = [str(ROOT / "csrc")]
-    return kind(
-        "nestopt_ext._C", sources, include_dirs=include, extra_compile_args=options, extra_link_args=link
-    ), archs
+    return kind("nestopt_ext._C", sources, include_dirs=include, extra_compile_args=options, extra_link_args=link)
 
 
 def build_command() -> Any:
-    """torch's build_ext, which on failure leaves a pure-Python package and the reason, unless NESTOPT_NATIVE=1."""
+    """The build_ext of torch, which on failure leaves a pure-Python package and the reason, unless NESTOPT_NATIVE=1."""
     import torch
     from torch.utils.cpp_extension import BuildExtension
 
@@ -107,7 +115,9 @@ def build_command() -> Any:
             if reason:
                 say(f"native library not built: {reason}. The package works on the PyTorch reference path.")
                 self.extensions = []
-            write_report(folder, {"reason": reason, "torch": torch.__version__} if reason else {"torch": torch.__version__})
+            write_report(
+                folder, {"reason": reason, "torch": torch.__version__} if reason else {"torch": torch.__version__}
+            )
 
         def get_outputs(self) -> list[str]:
             return [path for path in super().get_outputs() if Path(path).exists()]
@@ -116,18 +126,14 @@ def build_command() -> Any:
 
 
 def main() -> None:
+    """Runs setuptools; torch is needed only by the commands that compile."""
     find_cuda_home()
-    building = {"build", "build_ext", "bdist_wheel", "develop", "editable_wheel", "install"} & set(sys.argv)
-    if not building:
+    if not {"build", "build_ext", "bdist_wheel", "develop", "editable_wheel", "install"} & set(sys.argv):
         setup()
         return
-    extensions = [] if reason_not_to_build() else [extension()[0]]
-    if not extensions:
-        # An empty list would skip build_ext, and with it the report.
-        from setuptools import Extension
-
-        extensions = [Extension("nestopt_ext._C", [])]
-    setup(ext_modules=extensions, cmdclass={"build_ext": build_command()})
+    # Without a compiler an empty extension stands in, so that build_ext still runs and leaves its report.
+    module = Extension("nestopt_ext._C", []) if reason_not_to_build() else extension()
+    setup(ext_modules=[module], cmdclass={"build_ext": build_command()})
 
 
 main()

@@ -1,4 +1,5 @@
-// The module nestopt_ext._C: facts about this build. Importing it registers the native kernels; no tensor passes through here.
+// The module nestopt_ext._C: facts about this build. Importing it registers the native kernels; no tensor passes
+// through here.
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 

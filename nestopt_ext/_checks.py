@@ -68,7 +68,9 @@ class ListCheck:
             if t.dtype not in dtypes:
                 raise TypeError(f"{self.op}: {label} must be {_either(dtypes)}; got {_name(t.dtype)}.")
             if t.device != device:
-                raise ValueError(f"{self.op}: {label} must be on {device}, the device of {name}[0]; got {t.device}. Call once per device.")
+                raise ValueError(
+                    f"{self.op}: {label} must be on {device}, the device of {name}[0]; got {t.device}. Call once per device."
+                )
             self._may_write(label, t)
 
     def following(
@@ -91,7 +93,9 @@ class ListCheck:
                 raise ValueError(f"{self.op}: {label} must be on {lead.device}, the device of {other}; got {t.device}.")
             if t.dtype not in dtypes[lead.dtype]:
                 wanted = _either(dtypes[lead.dtype])
-                raise TypeError(f"{self.op}: {label} must be {wanted} beside {other} of {_name(lead.dtype)}; got {_name(t.dtype)}.")
+                raise TypeError(
+                    f"{self.op}: {label} must be {wanted} beside {other} of {_name(lead.dtype)}; got {_name(t.dtype)}."
+                )
             if t.shape != lead.shape:
                 raise ValueError(f"{self.op}: {label} must have the shape of {other} {_shape(lead)}; got {_shape(t)}.")
             if written:
@@ -183,7 +187,9 @@ class ListCheck:
 
     def _strided(self, label: str, t: Tensor) -> None:
         if t.layout != torch.strided:
-            raise TypeError(f"{self.op}: {label} must be a strided (dense) tensor; got {_name(t.layout)}. Call .to_dense() on it.")
+            raise TypeError(
+                f"{self.op}: {label} must be a strided (dense) tensor; got {_name(t.layout)}. Call .to_dense() on it."
+            )
 
     def _may_write(self, label: str, t: Tensor) -> None:
         if torch.is_grad_enabled() and t.requires_grad:

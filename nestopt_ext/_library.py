@@ -32,7 +32,9 @@ def load() -> None:
     except ModuleNotFoundError as error:
         if error.name != "nestopt_ext._C":
             raise
-        reason = _build_report().get("reason", "it was not built; build it with a C++ compiler: python setup.py build_ext --inplace")
+        reason = _build_report().get(
+            "reason", "it was not built; build it with a C++ compiler: python setup.py build_ext --inplace"
+        )
         _status = f"native library not loaded: {reason}; the PyTorch reference path is used."
     except ImportError as error:
         import torch
@@ -40,7 +42,7 @@ def load() -> None:
         built_for = _build_report().get("torch")
         cause = " ".join(str(error).split())
         if built_for is not None and built_for != torch.__version__:
-            cause = f"it was built for torch {built_for} and this is torch {torch.__version__}; rebuild it beside this torch"
+            cause = f"it was built for torch {built_for}, and this is torch {torch.__version__}; build it again"
         _status = f"native library not loaded: {cause}; the PyTorch reference path is used."
     else:
         facts = _native.build_info()

@@ -1,8 +1,8 @@
 """The index of native ops: schema, check, fake kernel, reference kernel and typed function of each.
 
 Schemas are defined here, once; importing the native library adds kernels for the CPU and CUDA keys under them. Nothing
-above this file knows which kernel ran. Whatever may change from step to step is a tensor in the schema, so a changed value
-does not recompile a ``torch.compile``d caller; lists that are mutated return nothing.
+above this file knows which kernel ran. Whatever may change from step to step is a tensor in the schema, so a changed
+value does not recompile a ``torch.compile``d caller; lists that are mutated return nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import _checks, _library, _reference
 
-_lib = torch.library.Library("nestopt_ext", "DEF")
+_lib: Any = torch.library.Library("nestopt_ext", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _define(schema: str, reference: Callable[..., None], check: Callable[..., list[Tensor]]) -> Any:
@@ -70,9 +70,14 @@ def _check_complex_sgd_step(
     check.leading("params", params)
     check.following("grads", grads, like, _SAME, written=False)
     if not momentum_buffers and (momentum_buffers_imag or momentum != 0 or momentum_imag != 0):
-        raise ValueError(f"{op}: momentum_buffers must have the length of params, {len(params)}, while momentum is not zero; got 0.")
+        raise ValueError(
+            f"{op}: momentum_buffers must have the length of params, {len(params)}, while momentum is not zero; got 0."
+        )
     if not momentum_buffers_imag and momentum_imag != 0:
-        raise ValueError(f"{op}: momentum_buffers_imag must have the length of params, {len(params)}, while momentum_imag is not zero; got 0.")
+        raise ValueError(
+            f"{op}: momentum_buffers_imag must have the length of params, {len(params)},"
+            " while momentum_imag is not zero; got 0."
+        )
     if momentum_buffers:
         check.following("momentum_buffers", momentum_buffers, like, _OPMATH, written=True)
     if momentum_buffers_imag:
@@ -89,7 +94,8 @@ def _check_complex_sgd_step(
 _complex_sgd_step_ = _define(
     "complex_sgd_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers,"
     " Tensor(c!)[] momentum_buffers_imag, Tensor lr, *, float momentum, float momentum_imag=0.0, float dampening=0.0,"
-    " float weight_decay=0.0, bool nesterov=False, bool maximize=False, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
+    " float weight_decay=0.0, bool nesterov=False, bool maximize=False, Tensor? grad_scale=None,"
+    " Tensor? found_inf=None) -> ()",
     _reference.complex_sgd_step_,
     _check_complex_sgd_step,
 )
@@ -186,10 +192,10 @@ def neumann_step_(
 ) -> None:
     r"""One term of a Neumann series for a whole list of tensors: ``v -= alpha * (av + damping * v)``, then ``p += v``.
 
-    ``v`` and ``p`` (float32, float64, bfloat16 or float16, any strides, one device) are updated in place; ``av`` has their
-    shapes and dtype, or a 16-bit dtype beside float32. ``alpha`` (units 1/curvature) is a tensor of one element on the CPU
-    or beside ``v``. ``sq_norm``, a tensor of one element beside ``v``, receives the squared norm of the new ``v``; it stays
-    on the device, and its value does not depend on the number of threads.
+    ``v`` and ``p`` (float32, float64, bfloat16 or float16, any strides, one device) are updated in place; ``av`` has
+    their shapes and dtype, or a 16-bit dtype beside float32. ``alpha`` (units 1/curvature) is a tensor of one element on
+    the CPU or beside ``v``. ``sq_norm``, a tensor of one element beside ``v``, receives the squared norm of the new
+    ``v``; it stays on the device, and its value does not depend on the number of threads.
     """
     if not v and not p and not av:
         if sq_norm is not None:

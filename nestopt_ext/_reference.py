@@ -34,7 +34,7 @@ def complex_sgd_step_(
 
     With :math:`\beta` = ``momentum`` + i ``momentum_imag`` and :math:`b` = buffer + i buffer_imag::
 
-        g <- (-1 if maximize) * grad / grad_scale + weight_decay * p        (the reciprocal is rounded once, as GradScaler does)
+        g <- (-1 if maximize) * grad * (1 / grad_scale) + weight_decay * p
         b <- beta * b + (1 - dampening) * g
         p <- p - lr * (Re(b), or g + Re(beta * b) with nesterov)
 
@@ -61,10 +61,7 @@ def complex_sgd_step_(
                 previous = buf.clone()
                 buf.mul_(momentum).add_(imag, alpha=-momentum_imag).add_(grad, alpha=1 - dampening)
                 imag.mul_(momentum).add_(previous, alpha=momentum_imag)
-                if nesterov:
-                    step = grad.add(buf, alpha=momentum).add(imag, alpha=-momentum_imag)
-                else:
-                    step = buf
+                step = grad.add(buf, alpha=momentum).add(imag, alpha=-momentum_imag) if nesterov else buf
             else:
                 buf.mul_(momentum).add_(grad, alpha=1 - dampening)
                 step = grad.add(buf, alpha=momentum) if nesterov else buf
@@ -94,7 +91,7 @@ def neumann_step_(
 
     ``sq_norm``, when given, receives the squared Euclidean norm of the new ``v`` over the whole list.
     """
-    total = 0.0
+    total: Tensor | float = 0.0
     for v_i, p_i, av_i in zip(v, p, av, strict=True):
         math = opmath(v_i.dtype)
         term = v_i.to(math)

@@ -31,6 +31,6 @@ def test_snippet_runs(title: str, code: str, tmp_path: Path, monkeypatch: pytest
 
 def test_the_commands_of_the_first_screen_are_targets_of_the_makefile() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
-    named = set(re.findall(r"\bmake ([a-z][a-z-]+)", README))
+    named = set(re.findall(r"(?:^|`)make ([a-z][a-z-]+)", README, flags=re.MULTILINE))
     assert {"run", "test"} <= named
     assert named <= targets

@@ -7,8 +7,8 @@ namespace nestopt::cpu {
 namespace {
 
 template <Momentum kMomentum, class P, class M>
-NESTOPT_SIMD void dense_run(
-    int64_t n, const ComplexSgdScalars<M> s, P* __restrict param, const P* __restrict grad, M* __restrict buf, M* __restrict imag) {
+NESTOPT_SIMD void dense_run(int64_t n, const ComplexSgdScalars<M> s, P* __restrict param, const P* __restrict grad,
+                            M* __restrict buf, M* __restrict imag) {
   for (int64_t i = 0; i < n; ++i) {
     M p = load(param[i]);
     M b = kMomentum == Momentum::kNone ? M(0) : buf[i];
@@ -21,8 +21,8 @@ NESTOPT_SIMD void dense_run(
 }
 
 template <Momentum kMomentum, class P, class M>
-void strided_run(
-    int64_t n, const ComplexSgdScalars<M>& s, const int64_t* strides, P* param, const P* grad, M* buf, M* imag) {
+void strided_run(int64_t n, const ComplexSgdScalars<M>& s, const int64_t* strides, P* param, const P* grad, M* buf,
+                 M* imag) {
   for (int64_t i = 0; i < n; ++i) {
     M none = M(0);
     M p = load(param[i * strides[0]]);
@@ -68,7 +68,7 @@ void complex_sgd_chunks(const TensorList<4>& list, int64_t first, int64_t last, 
   walk<Momentum::kComplex, P>(list, first, last, s);
 }
 
-#define NESTOPT_INSTANTIATE(P)                                                                                   \
+#define NESTOPT_INSTANTIATE(P)                                                                                      \
   template void complex_sgd_chunks<P>(const TensorList<2>&, int64_t, int64_t, const ComplexSgdScalars<math_t<P>>&); \
   template void complex_sgd_chunks<P>(const TensorList<3>&, int64_t, int64_t, const ComplexSgdScalars<math_t<P>>&); \
   template void complex_sgd_chunks<P>(const TensorList<4>&, int64_t, int64_t, const ComplexSgdScalars<math_t<P>>&);

@@ -1,4 +1,5 @@
-// Walks a range of chunks of a TensorList and hands out runs: for each operand an address and a stride, and a common length.
+// Walks a range of chunks of a TensorList and hands out runs: for each operand an address and a stride, and a common
+// length.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +26,8 @@ struct Run {
 
 // Elements [begin, end) of one strided entry in row-major order, one run per row of the innermost dimension.
 template <int kOperands, class Body>
-void for_each_row(const StridedEntry<kOperands>& entry, const int64_t (&sizes)[kOperands], int64_t begin, int64_t end, Body body) {
+void for_each_row(const StridedEntry<kOperands>& entry, const int64_t (&sizes)[kOperands], int64_t begin, int64_t end,
+                  Body body) {
   const int inner = entry.ndim - 1;
   int64_t index[kMaxDims] = {};
   int64_t rest = begin;
@@ -55,8 +57,8 @@ void for_each_row(const StridedEntry<kOperands>& entry, const int64_t (&sizes)[k
 // Calls body(chunk, run) for chunks [first, last); a chunk of a strided entry may come in several runs, in order.
 // element_sizes: bytes of one element of each operand.
 template <int kOperands, class Body>
-void for_each_run(
-    const TensorList<kOperands>& list, const int64_t (&element_sizes)[kOperands], int64_t first, int64_t last, Body body) {
+void for_each_run(const TensorList<kOperands>& list, const int64_t (&element_sizes)[kOperands], int64_t first,
+                  int64_t last, Body body) {
   const auto& starts = list.first_chunk;
   const int64_t num_flat = static_cast<int64_t>(list.flat.size());
   int64_t i = std::upper_bound(starts.begin(), starts.end(), first) - starts.begin() - 1;
@@ -73,7 +75,8 @@ void for_each_run(
         }
         body(chunk, run);
       } else {
-        for_each_row(list.strided[i - num_flat], element_sizes, begin, end, [&](const Run<kOperands>& run) { body(chunk, run); });
+        for_each_row(list.strided[i - num_flat], element_sizes, begin, end,
+                     [&](const Run<kOperands>& run) { body(chunk, run); });
       }
     }
   }

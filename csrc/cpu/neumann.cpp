@@ -9,7 +9,8 @@ namespace nestopt::cpu {
 namespace {
 
 template <class V, class A>
-NESTOPT_SIMD void dense_run(int64_t n, const NeumannScalars<math_t<V>> s, V* __restrict v, V* __restrict p, const A* __restrict av) {
+NESTOPT_SIMD void dense_run(int64_t n, const NeumannScalars<math_t<V>> s, V* __restrict v, V* __restrict p,
+                            const A* __restrict av) {
   for (int64_t i = 0; i < n; ++i) neumann<V>(s, math_t<V>(load(av[i])), v[i], p[i]);
 }
 
@@ -47,8 +48,8 @@ double strided_run(int64_t n, const NeumannScalars<math_t<V>>& s, const int64_t*
 }  // namespace
 
 template <class V, class A>
-void neumann_chunks(
-    const TensorList<3>& list, int64_t first, int64_t last, const NeumannScalars<math_t<V>>& s, double* sq_norms) {
+void neumann_chunks(const TensorList<3>& list, int64_t first, int64_t last, const NeumannScalars<math_t<V>>& s,
+                    double* sq_norms) {
   constexpr int64_t kBlock = 2048;  // small enough that the norm reads v from the first-level cache
   const int64_t sizes[3] = {sizeof(V), sizeof(V), sizeof(A)};
   if (sq_norms) std::fill(sq_norms + first, sq_norms + last, 0.0);

@@ -10,9 +10,9 @@ struct ComplexSgdScalars {
   T lr;
   T momentum;
   T momentum_imag;
-  T gain;          // 1 - dampening
+  T gain;  // 1 - dampening
   T weight_decay;
-  T grad_factor;   // -1 to maximize, over the gradient scale
+  T grad_factor;  // -1 to maximize, over the gradient scale
   bool nesterov;
 };
 

@@ -58,9 +58,9 @@ NESTOPT_HD float load(Float16 x) {
   const uint32_t sign = uint32_t{static_cast<uint16_t>(x.bits & 0x8000u)} << 16;
   const uint32_t magnitude = uint32_t{static_cast<uint16_t>(x.bits & 0x7fffu)} << 13;
   const uint32_t exponent = magnitude & 0x0f800000u;
-  const uint32_t normal = magnitude + 0x38000000u;                      // rebias 15 -> 127
-  const uint32_t special = normal + 0x38000000u;                        // infinity, NaN: exponent 255
-  const float smallest_normal = float_of(0x38800000u);                  // 2^-14
+  const uint32_t normal = magnitude + 0x38000000u;      // rebias 15 -> 127
+  const uint32_t special = normal + 0x38000000u;        // infinity, NaN: exponent 255
+  const float smallest_normal = float_of(0x38800000u);  // 2^-14
   const uint32_t subnormal = bits_of(float_of(magnitude + 0x38800000u) - smallest_normal);
   const uint32_t finite = exponent == 0 ? subnormal : normal;
   return float_of(sign | (exponent == 0x0f800000u ? special : finite));

@@ -1,7 +1,8 @@
-// A list of tensors as the kernels see it: addresses, lengths and, where layouts differ, strides. No torch, no ownership.
+// A list of tensors as the kernels see it: addresses, lengths and, where layouts differ, strides. No torch, no
+// ownership.
 //
-// Each entry holds the kOperands tensors that are walked together (a param, its grad, its buffers). An entry is flat when all
-// of them are dense with the same strides, so that they are walked as arrays; otherwise it is strided.
+// Each entry holds the kOperands tensors that are walked together (a param, its grad, its buffers). An entry is flat
+// when all of them are dense with the same strides, so that they are walked as arrays; otherwise it is strided.
 #pragma once
 
 #include <algorithm>
@@ -28,8 +29,8 @@ struct StridedEntry {
   int64_t strides[kOperands][kMaxDims];
 };
 
-// Work is cut into chunks that never cross a tensor and never depend on the number of threads, so that a sum over chunks is
-// the same sum on every run.
+// Work is cut into chunks that never cross a tensor and never depend on the number of threads, so that a sum over
+// chunks is the same sum on every run.
 constexpr int64_t kChunk = 16384;
 
 inline int64_t num_chunks(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
@@ -62,23 +63,20 @@ struct TensorList {
     }
   }
 
-  // The first chunk that starts at or after this element of the whole list. It turns an even split of the elements into a
-  // split of the chunks, whatever the mix of small and large tensors.
+  // The first chunk that starts at or after this element of the whole list. It turns an even split of the elements into
+  // a split of the chunks, whatever the mix of small and large tensors.
   int64_t chunk_from(int64_t element) const {
     const int64_t i = std::upper_bound(first_element.begin(), first_element.end(), element) - first_element.begin() - 1;
     return i == entries() ? chunks() : first_chunk[i] + num_chunks(element - first_element[i]);
   }
 };
 
-// Adds one strided entry from sizes and per-operand strides of any number of dimensions: sorts the dimensions by the stride of
-// the first operand, joins those that are contiguous in every operand, and cuts what still has more than kMaxDims into several.
+// Adds one strided entry from sizes and per-operand strides of any number of dimensions: sorts the dimensions by the
+// stride of the first operand, joins those that are contiguous in every operand, and cuts what still has more than
+// kMaxDims into several.
 template <int kOperands>
-void add_strided(
-    TensorList<kOperands>& list,
-    void* const (&data)[kOperands],
-    const int64_t (&element_sizes)[kOperands],
-    std::vector<int64_t> sizes,
-    std::vector<int64_t> (&strides)[kOperands]) {
+void add_strided(TensorList<kOperands>& list, void* const (&data)[kOperands], const int64_t (&element_sizes)[kOperands],
+                 std::vector<int64_t> sizes, std::vector<int64_t> (&strides)[kOperands]) {
   struct Dim {
     int64_t size;
     int64_t stride[kOperands];

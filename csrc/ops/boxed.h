@@ -1,8 +1,9 @@
 // Kernels on the dispatcher's own stack.
 //
 // An unboxed kernel would take a copy of every tensor of every list, and give its arguments back one by one while the
-// interpreter lock is released. Since a tensor that falls back to being held by Python alone takes that lock, a call with a
-// thousand small tensors would spend a third of its time there. Here lists are read in place and dropped under one lock.
+// interpreter lock is released. Since a tensor that falls back to being held by Python alone takes that lock, a call
+// with a thousand small tensors would spend a third of its time there. Here lists are read in place and dropped under
+// one lock.
 #pragma once
 
 #include <Python.h>  // before the standard headers, as Python asks

@@ -99,8 +99,9 @@ struct ListCheck::Span {
 
 namespace {
 
-// The storages met so far. Tensors that each have a storage of their own, from the allocator, share no memory and are aligned,
-// and nothing need be known of their addresses; that is quicker than sorting those of a thousand small tensors.
+// The storages met so far. Tensors that each have a storage of their own, from the allocator, share no memory and are
+// aligned, and nothing need be known of their addresses; that is quicker than sorting those of a thousand small
+// tensors.
 class StorageSet {
  public:
   explicit StorageSet(size_t count) : slots_(std::bit_ceil(2 * count + 1), nullptr) {}
@@ -156,22 +157,18 @@ void ListCheck::finite(const char* name, double value) const {
 void ListCheck::strided(const Argument& argument, int64_t i) const {
   const at::Tensor& t = argument[i];
   TORCH_CHECK_TYPE(t.defined(), op_, ": ", argument.label(i), " must be a tensor; got None.");
-  TORCH_CHECK_TYPE(
-      t.layout() == at::kStrided, op_, ": ", argument.label(i), " must be a strided (dense) tensor; got ",
-      name_of(t.layout()), ". Call .to_dense() on it.");
+  TORCH_CHECK_TYPE(t.layout() == at::kStrided, op_, ": ", argument.label(i), " must be a strided (dense) tensor; got ",
+                   name_of(t.layout()), ". Call .to_dense() on it.");
 }
 
 void ListCheck::may_write(const Argument& argument, int64_t i) const {
   const at::Tensor& t = argument[i];
-  TORCH_CHECK_VALUE(
-      !(c10::GradMode::is_enabled() && t.requires_grad()), op_, ": ", argument.label(i),
-      " must not require grad while grad mode is on; got one that does. Call under torch.no_grad().");
-  TORCH_CHECK_VALUE(
-      !overlaps_itself(t), op_, ": ", argument.label(i), " must not overlap itself; got shape ", tuple_of(t.sizes()),
-      " with strides ", tuple_of(t.strides()), ". Pass a clone.");
-  TORCH_CHECK_VALUE(
-      !t.is_inference() || c10::InferenceMode::is_enabled(), op_, ": ", argument.label(i),
-      " must not be an inference tensor outside inference mode; got one. Pass a clone.");
+  TORCH_CHECK_VALUE(!(c10::GradMode::is_enabled() && t.requires_grad()), op_, ": ", argument.label(i),
+                    " must not require grad while grad mode is on; got one that does. Call under torch.no_grad().");
+  TORCH_CHECK_VALUE(!overlaps_itself(t), op_, ": ", argument.label(i), " must not overlap itself; got shape ",
+                    tuple_of(t.sizes()), " with strides ", tuple_of(t.strides()), ". Pass a clone.");
+  TORCH_CHECK_VALUE(!t.is_inference() || c10::InferenceMode::is_enabled(), op_, ": ", argument.label(i),
+                    " must not be an inference tensor outside inference mode; got one. Pass a clone.");
 }
 
 void ListCheck::leading(const char* name, const TensorRefs& tensors) {
@@ -179,12 +176,11 @@ void ListCheck::leading(const char* name, const TensorRefs& tensors) {
   for (int64_t i = 0; i < leader_.size(); ++i) {
     const at::Tensor& t = leader_[i];
     strided(leader_, i);
-    TORCH_CHECK_TYPE(
-        contains(kFloating, t.scalar_type()), op_, ": ", leader_.label(i), " must be ", either(kFloating), "; got ",
-        name_of(t.scalar_type()), ".");
-    TORCH_CHECK_VALUE(
-        t.device() == leader_[0].device(), op_, ": ", leader_.label(i), " must be on ", leader_[0].device(),
-        ", the device of ", leader_.label(0), "; got ", t.device(), ". Call once per device.");
+    TORCH_CHECK_TYPE(contains(kFloating, t.scalar_type()), op_, ": ", leader_.label(i), " must be ", either(kFloating),
+                     "; got ", name_of(t.scalar_type()), ".");
+    TORCH_CHECK_VALUE(t.device() == leader_[0].device(), op_, ": ", leader_.label(i), " must be on ",
+                      leader_[0].device(), ", the device of ", leader_.label(0), "; got ", t.device(),
+                      ". Call once per device.");
     may_write(leader_, i);
   }
   arguments_.push_back(leader_);
@@ -192,33 +188,28 @@ void ListCheck::leading(const char* name, const TensorRefs& tensors) {
 
 void ListCheck::following(const char* name, const TensorRefs& tensors, DtypeRule rule, bool written) {
   const Argument argument{name, &tensors, nullptr, written};
-  TORCH_CHECK_VALUE(
-      argument.size() == leader_.size(), op_, ": ", name, " must have the length of ", leader_.name, ", ", leader_.size(),
-      "; got ", argument.size(), ".");
+  TORCH_CHECK_VALUE(argument.size() == leader_.size(), op_, ": ", name, " must have the length of ", leader_.name, ", ",
+                    leader_.size(), "; got ", argument.size(), ".");
   for (int64_t i = 0; i < argument.size(); ++i) {
     const at::Tensor& t = argument[i];
     const at::Tensor& lead = leader_[i];
     strided(argument, i);
-    TORCH_CHECK_VALUE(
-        t.device() == lead.device(), op_, ": ", argument.label(i), " must be on ", lead.device(), ", the device of ",
-        leader_.label(i), "; got ", t.device(), ".");
-    TORCH_CHECK_TYPE(
-        contains(rule(lead.scalar_type()), t.scalar_type()), op_, ": ", argument.label(i), " must be ",
-        either(rule(lead.scalar_type())), " beside ", leader_.label(i), " of ", name_of(lead.scalar_type()), "; got ",
-        name_of(t.scalar_type()), ".");
-    TORCH_CHECK_VALUE(
-        t.sizes() == lead.sizes(), op_, ": ", argument.label(i), " must have the shape of ", leader_.label(i), " ",
-        tuple_of(lead.sizes()), "; got ", tuple_of(t.sizes()), ".");
+    TORCH_CHECK_VALUE(t.device() == lead.device(), op_, ": ", argument.label(i), " must be on ", lead.device(),
+                      ", the device of ", leader_.label(i), "; got ", t.device(), ".");
+    TORCH_CHECK_TYPE(contains(rule(lead.scalar_type()), t.scalar_type()), op_, ": ", argument.label(i), " must be ",
+                     either(rule(lead.scalar_type())), " beside ", leader_.label(i), " of ",
+                     name_of(lead.scalar_type()), "; got ", name_of(t.scalar_type()), ".");
+    TORCH_CHECK_VALUE(t.sizes() == lead.sizes(), op_, ": ", argument.label(i), " must have the shape of ",
+                      leader_.label(i), " ", tuple_of(lead.sizes()), "; got ", tuple_of(t.sizes()), ".");
     if (written) may_write(argument, i);
   }
   arguments_.push_back(argument);
 }
 
-void ListCheck::following_or_empty(
-    const char* name, const TensorRefs& tensors, DtypeRule rule, bool needed, const char* needed_while) {
-  TORCH_CHECK_VALUE(
-      !tensors.empty() || !needed, op_, ": ", name, " must have the length of ", leader_.name, ", ", leader_.size(),
-      ", while ", needed_while, "; got 0.");
+void ListCheck::following_or_empty(const char* name, const TensorRefs& tensors, DtypeRule rule, bool needed,
+                                   const char* needed_while) {
+  TORCH_CHECK_VALUE(!tensors.empty() || !needed, op_, ": ", name, " must have the length of ", leader_.name, ", ",
+                    leader_.size(), ", while ", needed_while, "; got 0.");
   if (!tensors.empty()) following(name, tensors, rule, true);
 }
 
@@ -227,13 +218,12 @@ void ListCheck::scalar(const char* name, const at::Tensor* tensor, bool written,
   const at::Tensor& t = *tensor;
   const Argument argument{name, nullptr, tensor, written};
   strided(argument, 0);
-  TORCH_CHECK_TYPE(
-      contains(kReal, t.scalar_type()), op_, ": ", name, " must be ", either(kReal), "; got ", name_of(t.scalar_type()), ".");
+  TORCH_CHECK_TYPE(contains(kReal, t.scalar_type()), op_, ": ", name, " must be ", either(kReal), "; got ",
+                   name_of(t.scalar_type()), ".");
   TORCH_CHECK_VALUE(t.numel() == 1, op_, ": ", name, " must have one element; got shape ", tuple_of(t.sizes()), ".");
   const at::Device device = leader_.size() == 0 ? t.device() : leader_[0].device();
-  TORCH_CHECK_VALUE(
-      t.device() == device || (on_cpu && t.is_cpu()), op_, ": ", name, " must be on ",
-      on_cpu && !device.is_cpu() ? "cpu or " : "", device, "; got ", t.device(), ".");
+  TORCH_CHECK_VALUE(t.device() == device || (on_cpu && t.is_cpu()), op_, ": ", name, " must be on ",
+                    on_cpu && !device.is_cpu() ? "cpu or " : "", device, "; got ", t.device(), ".");
   if (written) may_write(argument, 0);
   arguments_.push_back(argument);
 }
@@ -250,9 +240,9 @@ void ListCheck::memory() const {
       const int64_t bytes = t.storage_offset() * static_cast<int64_t>(t.itemsize()) + extent(t);
       const c10::StorageImpl* storage = t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
       const int64_t held = storage != nullptr ? static_cast<int64_t>(storage->nbytes()) : 0;
-      TORCH_CHECK_VALUE(
-          bytes <= held, op_, ": ", argument.label(i), " must have storage for its elements; got a storage of ", held,
-          " bytes. It was resized or freed behind the tensor.");
+      TORCH_CHECK_VALUE(bytes <= held, op_, ": ", argument.label(i),
+                        " must have storage for its elements; got a storage of ", held,
+                        " bytes. It was resized or freed behind the tensor.");
       apart = apart && storages.owns_its_memory(*storage) && storages.insert(storage);
     }
   }
@@ -270,9 +260,9 @@ void ListCheck::addresses(size_t count) const {
       // Asking for a mutable address first gives a copy-on-write tensor memory of its own.
       const void* address = argument.written ? t.mutable_data_ptr() : t.const_data_ptr();
       const auto begin = reinterpret_cast<uintptr_t>(address);
-      TORCH_CHECK_VALUE(
-          begin % t.itemsize() == 0, op_, ": ", argument.label(i), " must be aligned to its element size, ", t.itemsize(),
-          " bytes; got an address that is ", begin % t.itemsize(), " past it. Pass a clone.");
+      TORCH_CHECK_VALUE(begin % t.itemsize() == 0, op_, ": ", argument.label(i),
+                        " must be aligned to its element size, ", t.itemsize(), " bytes; got an address that is ",
+                        begin % t.itemsize(), " past it. Pass a clone.");
       spans.push_back({begin, begin + extent(t), static_cast<uint32_t>(a), static_cast<uint32_t>(i)});
     }
   }
@@ -286,8 +276,8 @@ void ListCheck::addresses(size_t count) const {
   }
 }
 
-// Exact test on tensors whose address ranges overlap: notes the owner of every element that is written, then looks for others
-// there. Only interleaved views come this far, and wrong arguments.
+// Exact test on tensors whose address ranges overlap: notes the owner of every element that is written, then looks for
+// others there. Only interleaved views come this far, and wrong arguments.
 void ListCheck::no_sharing(std::vector<Span> cluster) const {
   const auto written = [&](const Span& span) { return arguments_[span.argument].written; };
   const auto tensor = [&](const Span& span) -> const at::Tensor& { return arguments_[span.argument][span.index]; };
@@ -317,9 +307,8 @@ void ListCheck::no_sharing(std::vector<Span> cluster) const {
         if (written(span)) mark = static_cast<uint32_t>(i + 1);
       }
     });
-    TORCH_CHECK_VALUE(
-        owner == 0, op_, ": ", label(cluster[owner == 0 ? 0 : owner - 1]), " must not share memory with ", label(span),
-        "; got overlapping tensors. Pass a clone.");
+    TORCH_CHECK_VALUE(owner == 0, op_, ": ", label(cluster[owner == 0 ? 0 : owner - 1]), " must not share memory with ",
+                      label(span), "; got overlapping tensors. Pass a clone.");
   }
 }
 

@@ -1,5 +1,5 @@
-// What an op requires of its arguments before it touches memory. nestopt_ext/_checks.py is the Python mirror, with the same
-// messages: `<op>: <argument[index]> must <rule>; got <value>. <remedy>`.
+// What an op requires of its arguments before it touches memory. nestopt_ext/_checks.py is the Python mirror, with the
+// same messages: `<op>: <argument[index]> must <rule>; got <value>. <remedy>`.
 #pragma once
 
 #include "ops/boxed.h"
@@ -16,8 +16,9 @@ using DtypeRule = c10::ArrayRef<at::ScalarType> (*)(at::ScalarType leading);
 c10::ArrayRef<at::ScalarType> same_dtype(at::ScalarType leading);
 c10::ArrayRef<at::ScalarType> opmath_dtype(at::ScalarType leading);  // float32 beside 16-bit types
 
-// Checks one call of one op: lists of tensors against a leading list, then memory across all of them. Each member throws on
-// the first fault; nothing is modified before the last one has returned. Names and lists must outlive the checks.
+// Checks one call of one op: lists of tensors against a leading list, then memory across all of them. Each member
+// throws on the first fault; nothing is modified before the last one has returned. Names and lists must outlive the
+// checks.
 class ListCheck {
  public:
   explicit ListCheck(const char* op) : op_(op) {}
@@ -31,7 +32,8 @@ class ListCheck {
   void following(const char* name, const TensorRefs& tensors, DtypeRule rule, bool written);
 
   // A list that may be left out only while `needed` is false.
-  void following_or_empty(const char* name, const TensorRefs& tensors, DtypeRule rule, bool needed, const char* needed_while);
+  void following_or_empty(const char* name, const TensorRefs& tensors, DtypeRule rule, bool needed,
+                          const char* needed_while);
 
   // A tensor of one element, float32 or float64, on the CPU (if on_cpu) or beside the leading list. Null passes: None.
   void scalar(const char* name, const at::Tensor* t, bool written, bool on_cpu);
@@ -45,13 +47,15 @@ class ListCheck {
  private:
   struct Argument {
     const char* name;
-    const TensorRefs* list;     // null: one tensor
+    const TensorRefs* list;  // null: one tensor
     const at::Tensor* single;
     bool written;
 
     int64_t size() const { return list != nullptr ? static_cast<int64_t>(list->size()) : 1; }
     const at::Tensor& operator[](int64_t i) const { return list != nullptr ? *(*list)[i] : *single; }
-    std::string label(int64_t i) const { return list != nullptr ? std::string(name) + "[" + std::to_string(i) + "]" : name; }
+    std::string label(int64_t i) const {
+      return list != nullptr ? std::string(name) + "[" + std::to_string(i) + "]" : name;
+    }
   };
   struct Span;  // the memory of one tensor
 

@@ -1,4 +1,5 @@
-// Turns checked lists of tensors into the torch-free TensorList that the kernels walk, and splits the walk over torch's threads.
+// Turns checked lists of tensors into the torch-free TensorList that the kernels walk, and splits the walk over torch's
+// threads.
 #pragma once
 
 #include "ops/boxed.h"
@@ -27,7 +28,8 @@ bool walk_as_arrays(const Operands<kOperands>& tensors) {
   if (std::all_of(tensors.begin(), tensors.end(), [](const at::Tensor* t) { return t->is_contiguous(); })) return true;
   const at::Tensor& lead = *tensors[0];
   return lead.is_non_overlapping_and_dense() &&
-      std::all_of(tensors.begin() + 1, tensors.end(), [&](const at::Tensor* t) { return t->strides() == lead.strides(); });
+         std::all_of(tensors.begin() + 1, tensors.end(),
+                     [&](const at::Tensor* t) { return t->strides() == lead.strides(); });
 }
 
 template <int kOperands>
@@ -67,9 +69,8 @@ TensorList<kOperands> collect(int64_t count, Keep keep, Of operands) {
 template <int kOperands, class Body>
 void parallel_chunks(const TensorList<kOperands>& list, Body body) {
   constexpr int64_t kGrain = 32768;  // elements that are worth a thread
-  at::parallel_for(0, list.numel(), kGrain, [&](int64_t begin, int64_t end) {
-    body(list.chunk_from(begin), list.chunk_from(end));
-  });
+  at::parallel_for(0, list.numel(), kGrain,
+                   [&](int64_t begin, int64_t end) { body(list.chunk_from(begin), list.chunk_from(end)); });
 }
 
 // Calls visit(T{}) for each floating dtype that is present in the list, T being its C++ type.

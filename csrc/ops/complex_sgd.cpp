@@ -37,8 +37,8 @@ void check(const Arguments& a, ListCheck& checks) {
   checks.following("grads", a.grads, same_dtype, false);
   const bool needs_buffer = !a.momentum_buffers_imag.empty() || a.momentum != 0 || a.momentum_imag != 0;
   checks.following_or_empty("momentum_buffers", a.momentum_buffers, opmath_dtype, needs_buffer, "momentum is not zero");
-  checks.following_or_empty(
-      "momentum_buffers_imag", a.momentum_buffers_imag, opmath_dtype, a.momentum_imag != 0, "momentum_imag is not zero");
+  checks.following_or_empty("momentum_buffers_imag", a.momentum_buffers_imag, opmath_dtype, a.momentum_imag != 0,
+                            "momentum_imag is not zero");
   checks.scalar("lr", a.lr, false, true);
   checks.scalar("grad_scale", a.grad_scale, false, false);
   checks.scalar("found_inf", a.found_inf, false, false);

@@ -1,4 +1,5 @@
-// What every CUDA op needs from torch: the device of its tensors made current, the stream, and numbers without a host sync.
+// What every CUDA op needs from torch: the device of its tensors made current, the stream, and numbers without a host
+// sync.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -22,7 +23,8 @@ class CurrentDevice {
 
 inline cuda::Scalar scalar(double value) { return {nullptr, true, value}; }
 
-// A tensor on the CPU is read now; one on the device is read by the kernel, so a captured graph sees its value at replay.
+// A tensor on the CPU is read now; one on the device is read by the kernel, so a captured graph sees its value at
+// replay.
 inline cuda::Scalar scalar(const at::Tensor& t) {
   if (t.is_cpu()) return scalar(cpu_value(t));
   return {t.const_data_ptr(), t.scalar_type() == at::kDouble, 0.0};

@@ -49,9 +49,11 @@ void visit_lists(const Arguments& a, Visit visit) {
   for_each_dtype(a.v, [&](at::ScalarType v_dtype, auto v_type) {
     using V = decltype(v_type);
     const auto visit_products = [&](at::ScalarType av_dtype, auto av_type) {
-      const auto keep = [&](int64_t i) { return a.v[i]->scalar_type() == v_dtype && a.av[i]->scalar_type() == av_dtype; };
-      const auto list = collect<3>(
-          static_cast<int64_t>(a.v.size()), keep, [&](int64_t i) -> Operands<3> { return {a.v[i], a.p[i], a.av[i]}; });
+      const auto keep = [&](int64_t i) {
+        return a.v[i]->scalar_type() == v_dtype && a.av[i]->scalar_type() == av_dtype;
+      };
+      const auto list = collect<3>(static_cast<int64_t>(a.v.size()), keep,
+                                   [&](int64_t i) -> Operands<3> { return {a.v[i], a.p[i], a.av[i]}; });
       if (list.numel() > 0) visit(v_type, av_type, list);
     };
     visit_products(v_dtype, v_type);
@@ -70,7 +72,8 @@ void run_cpu(const Arguments& a) {
     const NeumannScalars<M> scalars{static_cast<M>(cpu_value(*a.alpha)), static_cast<M>(a.damping)};
     std::vector<double> sq_norms(a.sq_norm ? list.chunks() : 0);
     parallel_chunks(list, [&](int64_t first, int64_t last) {
-      cpu::neumann_chunks<V, decltype(av_type)>(list, first, last, scalars, sq_norms.empty() ? nullptr : sq_norms.data());
+      cpu::neumann_chunks<V, decltype(av_type)>(list, first, last, scalars,
+                                                sq_norms.empty() ? nullptr : sq_norms.data());
     });
     sq_norm = std::accumulate(sq_norms.begin(), sq_norms.end(), sq_norm);
   });
@@ -101,9 +104,9 @@ void run_cuda(const Arguments& a) {
     if (next != nullptr) next += cuda::neumann_partials(list);
   });
   if (a.sq_norm == nullptr) return;
-  C10_CUDA_CHECK(cuda::sum_partials(
-      num_partials > 0 ? partials.const_data_ptr<double>() : nullptr, num_partials, a.sq_norm->mutable_data_ptr(),
-      a.sq_norm->scalar_type() == at::kDouble, on.stream()));
+  C10_CUDA_CHECK(cuda::sum_partials(num_partials > 0 ? partials.const_data_ptr<double>() : nullptr, num_partials,
+                                    a.sq_norm->mutable_data_ptr(), a.sq_norm->scalar_type() == at::kDouble,
+                                    on.stream()));
 }
 #endif
 

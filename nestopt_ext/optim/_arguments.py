@@ -1,4 +1,4 @@
-"""Checks of hyperparameters, shared by the optimizers. Messages: ``<optimizer>: <argument> must <rule>; got <value>.``."""
+"""Checks of hyperparameters, shared by the optimizers; each message names optimizer, argument, rule and value."""
 
 import math
 from collections.abc import Mapping
@@ -53,4 +53,6 @@ def check_implementation(owner: str, group: Mapping[str, Any]) -> None:
     """At most one of ``foreach``, ``fused`` and ``differentiable`` may be asked for."""
     asked = [name for name in ("foreach", "fused", "differentiable") if group[name]]
     if len(asked) > 1:
-        raise ValueError(f"{owner}: at most one of foreach, fused and differentiable must be True; got {' and '.join(asked)}.")
+        raise ValueError(
+            f"{owner}: at most one of foreach, fused and differentiable must be True; got {' and '.join(asked)}."
+        )

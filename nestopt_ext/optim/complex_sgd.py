@@ -34,15 +34,15 @@ class ComplexSGD(Optimizer):
         p &\leftarrow p - \text{lr} \cdot \operatorname{Re}(b)
             \qquad\text{(with nesterov: } g + \operatorname{Re}(\text{momentum} \cdot b)\text{)}
 
-    A real momentum is the heavy ball, with the numbers of :class:`torch.optim.SGD`; a negative one damps rotations. A complex
-    one does both: it converges where two players pull in circles and still speeds up where they agree. The angle changes the
-    size of the step: an lr with momentum ``m`` moves like plain gradient descent with ``lr * Re(1 / (1 - m))``, which is
-    10 lr for 0.9 and 1.15 lr for the default, so tune or rescale lr with the angle. An angle and its negative give the same
-    parameters.
+    A real momentum is the heavy ball, with the numbers of :class:`torch.optim.SGD`; a negative one damps rotations. A
+    complex one does both: it converges where two players pull in circles and still speeds up where they agree. The
+    angle changes the size of the step: an lr with momentum ``m`` moves like plain gradient descent with
+    ``lr * Re(1 / (1 - m))``, which is 10 lr for 0.9 and 1.15 lr for the default, so tune or rescale lr with the angle.
+    An angle and its negative give the same parameters.
 
     Args:
-        params: tensors, named tensors or groups, as every torch optimizer takes them. Complex parameters count as pairs of
-            real ones.
+        params: tensors, named tensors or groups, as every torch optimizer takes them. Complex parameters count as pairs
+            of real ones.
         lr: step size, >= 0; a tensor of one element may be changed in place without recompiling a compiled step.
         momentum: real or complex, of modulus below 1; ``cmath.rect(modulus, angle)`` makes one from polar form.
         dampening: the gradient enters the buffer times ``1 - dampening``, from the second step on.
@@ -51,19 +51,20 @@ class ComplexSGD(Optimizer):
         maximize: ascend.
         foreach: ``torch._foreach_*`` kernels over whole lists.
         differentiable: let autograd see the step; for parameters that are not leaves.
-        fused: one call of the op ``complex_sgd_step_`` for all tensors. With ``fused`` and ``foreach`` both None the fused
-            kernel is taken where it is native, else foreach.
+        fused: one call of the op ``complex_sgd_step_`` for all tensors. With ``fused`` and ``foreach`` both None the
+            fused kernel is taken where it is native, else foreach.
 
-    Modifies: the parameters and, per parameter, the state ``momentum_buffer`` (real part) and ``momentum_buffer_imag``
-    (imaginary part, absent while the momentum is real): two real tensors of the shape of the parameter, float32 beside
-    16-bit parameters. Gradients are only read. A checkpoint of :class:`torch.optim.SGD` loads as it is.
+    Modifies: the parameters and, per parameter, the state ``momentum_buffer`` (real part) and
+    ``momentum_buffer_imag`` (imaginary part, absent while the momentum is real): two real tensors of the shape of the
+    parameter, float32 beside 16-bit parameters. Gradients are only read. A checkpoint of :class:`torch.optim.SGD` loads
+    as it is.
 
     Raises:
-        ValueError, TypeError: for a bad hyperparameter, a sparse gradient, a state that does not fit, tensors that overlap;
-            nothing is modified then.
+        ValueError, TypeError: for a bad hyperparameter, a sparse gradient, a state that does not fit, tensors that
+            overlap; nothing is modified then.
 
-    Source: Lorraine, Acuna, Vicol, Duvenaud, "Complex Momentum for Optimization in Games", 2022, whose buffer has the opposite
-    sign and no dampening.
+    Source: Lorraine, Acuna, Vicol, Duvenaud, "Complex Momentum for Optimization in Games", 2022, whose buffer has the
+    opposite sign and no dampening.
 
     >>> import torch, nestopt_ext as nx
     >>> p = torch.nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
@@ -125,8 +126,8 @@ class ComplexSGD(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this class or of :class:`torch.optim.SGD`; its buffers are copied.
 
-        Other than :meth:`torch.optim.Optimizer.load_state_dict` it checks the buffers before anything changes, and keeps
-        float32 buffers beside 16-bit parameters.
+        Other than :meth:`torch.optim.Optimizer.load_state_dict` it checks the buffers before anything changes, and
+        keeps float32 buffers beside 16-bit parameters.
         """
 
         def check(_: Optimizer, final: dict[str, Any]) -> None:
@@ -214,8 +215,8 @@ class ComplexSGD(Optimizer):
                 if self._step_whole_group(group, start):
                     return
             except (TypeError, ValueError):
-                # Refused before anything was written. Complex parameters and several devices are taken apart below; what
-                # is still refused is the caller's to hear.
+                # Refused before anything was written. Complex parameters and several devices are taken apart below;
+                # what is still refused is the caller's to hear.
                 pass
         for batch in self._batches(group):
             self._update(group, batch)
@@ -225,8 +226,8 @@ class ComplexSGD(Optimizer):
     def _step_whole_group(self, group: dict[str, Any], start: int) -> bool:
         """One call for the whole group, in the usual case that no state is missing; False if it is not that case.
 
-        Kept to what C-level loops can do: with many small parameters the host is busy here for most of a step. ``start`` is
-        the number of states before those of this group, if states lie in the order of the parameters.
+        Kept to what C-level loops can do: with many small parameters the host is busy here for most of a step.
+        ``start`` is the number of states before those of this group, if states lie in the order of the parameters.
         """
         params = group["params"]
         grads = [p.grad for p in params]
@@ -254,7 +255,7 @@ class ComplexSGD(Optimizer):
         return True
 
     def _states_of(self, params: list[Tensor], start: int) -> list[dict[str, Any]]:
-        """The states of ``params``. They usually lie in this order, and walking them is five times quicker than hashing."""
+        """The states of ``params``; walking them, in the order they usually lie in, is far quicker than hashing."""
         stop = start + len(params)
         if len(self.state) >= stop and all(map(operator.is_, params, itertools.islice(self.state, start, stop))):
             return list(itertools.islice(self.state.values(), start, stop))
@@ -274,7 +275,9 @@ class ComplexSGD(Optimizer):
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if device is not None:
-            lr, grad_scale, found_inf = (_beside(t, device) for t in (lr, grad_scale, found_inf))
+            grad_scale, found_inf = _beside(grad_scale, device), _beside(found_inf, device)
+            if lr.device.type != "cpu":
+                lr = lr.to(device)
         _ops.complex_sgd_step_(
             *lists,
             lr,
@@ -289,7 +292,7 @@ class ComplexSGD(Optimizer):
 
     def _as_tensor(self, lr: float) -> Tensor:
         """The number as a tensor, kept until it changes: making one costs as much as a hundred small parameters."""
-        known = self.__dict__.get("_lr_tensor")
+        known: tuple[float, Tensor] | None = self.__dict__.get("_lr_tensor")
         if known is not None and known[0] == lr:
             return known[1]
         tensor = torch.tensor(lr, dtype=torch.float64)
@@ -308,8 +311,8 @@ class ComplexSGD(Optimizer):
                 continue
             if grad.layout != torch.strided:
                 raise TypeError(
-                    f"ComplexSGD: the gradient of params[{index}] must be dense; got {grad.layout}. Use sparse=False in the"
-                    " embedding, or call .to_dense() on the gradient."
+                    f"ComplexSGD: the gradient of params[{index}] must be dense; got {grad.layout}."
+                    " Use sparse=False in the embedding, or call .to_dense() on the gradient."
                 )
             if grad.shape != param.shape:
                 raise ValueError(
@@ -419,29 +422,29 @@ def foreach(
     for dtype, indices in groups.items():
         p, g, b, c = ([list_[i] for i in indices] if list_ else [] for list_ in (params, grads, buffers, buffers_imag))
         if opmath(dtype) != dtype:  # there is no foreach kernel that mixes dtypes
-            single_tensor(p, g, b, c, lr, **scalars)
+            single_tensor(p, g, b, c, lr, **scalars)  # type: ignore[arg-type]
             continue
         if maximize:
-            g = torch._foreach_neg(g)
+            g = list(torch._foreach_neg(g))
         if weight_decay != 0:
-            g = torch._foreach_add(g, p, alpha=weight_decay)
+            g = list(torch._foreach_add(g, p, alpha=weight_decay))
         step = g
         if b:
-            rotated = torch._foreach_mul(b, momentum_imag) if c else []
+            rotated = torch._foreach_mul(b, momentum_imag) if c else ()
             torch._foreach_mul_(b, momentum)
             if c:
                 torch._foreach_add_(b, c, alpha=-momentum_imag)
             torch._foreach_add_(b, g, alpha=1 - dampening)
             if c:
                 torch._foreach_mul_(c, momentum)
-                torch._foreach_add_(c, rotated)
+                torch._foreach_add_(c, list(rotated))
             step = b
             if nesterov:
-                step = torch._foreach_add(g, b, alpha=momentum)
+                step = list(torch._foreach_add(g, b, alpha=momentum))
                 if c:
                     torch._foreach_add_(step, c, alpha=-momentum_imag)
         if isinstance(lr, Tensor):
-            torch._foreach_add_(p, torch._foreach_mul(step, -lr))
+            torch._foreach_add_(p, list(torch._foreach_mul(step, -lr)))
         else:
             torch._foreach_add_(p, step, alpha=-lr)
 
@@ -472,9 +475,7 @@ def _new_buffer(param: Tensor) -> Tensor:
 
 
 def _beside(scalar: Tensor | None, device: torch.device) -> Tensor | None:
-    if scalar is None or scalar.device == device or scalar.device.type == "cpu" and scalar.dtype == torch.float64:
-        return scalar
-    return scalar.to(device, non_blocking=True)
+    return scalar if scalar is None or scalar.device == device else scalar.to(device, non_blocking=True)
 
 
 def _is_set(found_inf: Tensor | None) -> bool:
