@@ -69,11 +69,11 @@ def _check_complex_sgd_step(
     like = ("params", params)
     check.leading("params", params)
     check.following("grads", grads, like, _SAME, written=False)
-    if not momentum_buffers and (momentum_buffers_imag or momentum != 0 or momentum_imag != 0):
+    if params and not momentum_buffers and (momentum_buffers_imag or momentum != 0 or momentum_imag != 0):
         raise ValueError(
             f"{op}: momentum_buffers must have the length of params, {len(params)}, while momentum is not zero; got 0."
         )
-    if not momentum_buffers_imag and momentum_imag != 0:
+    if params and not momentum_buffers_imag and momentum_imag != 0:
         raise ValueError(
             f"{op}: momentum_buffers_imag must have the length of params, {len(params)},"
             " while momentum_imag is not zero; got 0."

@@ -190,15 +190,20 @@ void ListCheck::following(const char* name, const TensorRefs& tensors, DtypeRule
   const Argument argument{name, &tensors, nullptr, written};
   TORCH_CHECK_VALUE(argument.size() == leader_.size(), op_, ": ", name, " must have the length of ", leader_.name, ", ",
                     leader_.size(), "; got ", argument.size(), ".");
+  at::ScalarType ruled = at::ScalarType::Undefined;
+  c10::ArrayRef<at::ScalarType> allowed;
   for (int64_t i = 0; i < argument.size(); ++i) {
     const at::Tensor& t = argument[i];
     const at::Tensor& lead = leader_[i];
+    if (lead.scalar_type() != ruled) {
+      ruled = lead.scalar_type();
+      allowed = rule(ruled);
+    }
     strided(argument, i);
     TORCH_CHECK_VALUE(t.device() == lead.device(), op_, ": ", argument.label(i), " must be on ", lead.device(),
                       ", the device of ", leader_.label(i), "; got ", t.device(), ".");
-    TORCH_CHECK_TYPE(contains(rule(lead.scalar_type()), t.scalar_type()), op_, ": ", argument.label(i), " must be ",
-                     either(rule(lead.scalar_type())), " beside ", leader_.label(i), " of ",
-                     name_of(lead.scalar_type()), "; got ", name_of(t.scalar_type()), ".");
+    TORCH_CHECK_TYPE(contains(allowed, t.scalar_type()), op_, ": ", argument.label(i), " must be ", either(allowed),
+                     " beside ", leader_.label(i), " of ", name_of(ruled), "; got ", name_of(t.scalar_type()), ".");
     TORCH_CHECK_VALUE(t.sizes() == lead.sizes(), op_, ": ", argument.label(i), " must have the shape of ",
                       leader_.label(i), " ", tuple_of(lead.sizes()), "; got ", tuple_of(t.sizes()), ".");
     if (written) may_write(argument, i);
@@ -208,7 +213,7 @@ void ListCheck::following(const char* name, const TensorRefs& tensors, DtypeRule
 
 void ListCheck::following_or_empty(const char* name, const TensorRefs& tensors, DtypeRule rule, bool needed,
                                    const char* needed_while) {
-  TORCH_CHECK_VALUE(!tensors.empty() || !needed, op_, ": ", name, " must have the length of ", leader_.name, ", ",
+  TORCH_CHECK_VALUE(!tensors.empty() || !needed || leader_.size() == 0, op_, ": ", name, " must have the length of ", leader_.name, ", ",
                     leader_.size(), ", while ", needed_while, "; got 0.");
   if (!tensors.empty()) following(name, tensors, rule, true);
 }
