@@ -185,7 +185,9 @@ class ListCheck:
             if not span.only_read:
                 view.fill_(number)
 
-    def _strided(self, label: str, t: Tensor) -> None:
+    def _strided(self, label: str, t: Tensor | None) -> None:
+        if t is None:  # the dispatcher takes None for a tensor
+            raise TypeError(f"{self.op}: {label} must be a tensor; got None.")
         if t.layout != torch.strided:
             raise TypeError(
                 f"{self.op}: {label} must be a strided (dense) tensor; got {_name(t.layout)}. Call .to_dense() on it."

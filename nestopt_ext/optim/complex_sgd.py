@@ -230,12 +230,11 @@ class ComplexSGD(Optimizer):
         ``start`` is the number of states before those of this group, if states lie in the order of the parameters.
         """
         params = group["params"]
-        grads = [p.grad for p in params]
-        if not all(map(operator.is_not, grads, itertools.repeat(None))):
-            params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
-            grads = [p.grad for p in params]
-        if not params:
+        grads = [grad for p in params if (grad := p.grad) is not None]
+        if not grads:
             return True
+        if len(grads) != len(params):
+            params = [p for p in params if p.grad is not None]
         if not _ops.is_native("complex_sgd_step_", params[0].device.type):
             return False
         momentum = group["momentum"]
