@@ -1,0 +1,4 @@
+"""The cases, one file per op family; importing this package registers them all."""
+
+from . import complex_sgd as complex_sgd
+from . import neumann as neumann
