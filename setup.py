@@ -113,6 +113,8 @@ def build_command() -> Any:
             if reason and os.environ.get("NESTOPT_NATIVE") == "1":
                 raise SystemExit(f"nestopt_ext: native library not built: {reason}.")
             if reason:
+                for stale in folder.glob("_C.*.so"):  # of an earlier build; it would be loaded as if it were this one
+                    stale.unlink()
                 say(f"native library not built: {reason}. The package works on the PyTorch reference path.")
                 self.extensions = []
             write_report(

@@ -16,7 +16,7 @@ FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REAL = (torch.float32, torch.float64)
 
 
-def _name(dtype: torch.dtype) -> str:
+def _name(dtype: torch.dtype | torch.layout) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -69,7 +69,8 @@ class ListCheck:
                 raise TypeError(f"{self.op}: {label} must be {_either(dtypes)}; got {_name(t.dtype)}.")
             if t.device != device:
                 raise ValueError(
-                    f"{self.op}: {label} must be on {device}, the device of {name}[0]; got {t.device}. Call once per device."
+                    f"{self.op}: {label} must be on {device}, the device of {name}[0]; got {t.device}."
+                    " Call once per device."
                 )
             self._may_write(label, t)
 
@@ -138,7 +139,7 @@ class ListCheck:
                 raise ValueError(f"{self.op}: {name} must be finite; got {t.item()}.")
 
     def _storage(self) -> None:
-        spans = []
+        spans: list[_Span] = []
         for label, t, written in self._items:
             if t.numel() == 0:
                 continue
@@ -196,11 +197,13 @@ class ListCheck:
     def _may_write(self, label: str, t: Tensor) -> None:
         if torch.is_grad_enabled() and t.requires_grad:
             raise ValueError(
-                f"{self.op}: {label} must not require grad while grad mode is on; got one that does. Call under torch.no_grad()."
+                f"{self.op}: {label} must not require grad while grad mode is on; got one that does."
+                " Call under torch.no_grad()."
             )
         if _has_memory(t) and _overlaps_itself(t):
             raise ValueError(
-                f"{self.op}: {label} must not overlap itself; got shape {_shape(t)} with strides {tuple(t.stride())}. Pass a clone."
+                f"{self.op}: {label} must not overlap itself; got shape {_shape(t)} with strides {tuple(t.stride())}."
+                " Pass a clone."
             )
         if t.is_inference() and not torch.is_inference_mode_enabled():
             raise ValueError(

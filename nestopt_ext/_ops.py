@@ -31,7 +31,6 @@ def _define(schema: str, reference: Callable[..., None], check: Callable[..., li
 
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _lib.impl(name, kernel, "CompositeExplicitAutograd")
-    _lib.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"nestopt_ext::{name}", fake, lib=_lib)
     return getattr(torch.ops.nestopt_ext, name).default
 
@@ -193,9 +192,9 @@ def neumann_step_(
     r"""One term of a Neumann series for a whole list of tensors: ``v -= alpha * (av + damping * v)``, then ``p += v``.
 
     ``v`` and ``p`` (float32, float64, bfloat16 or float16, any strides, one device) are updated in place; ``av`` has
-    their shapes and dtype, or a 16-bit dtype beside float32. ``alpha`` (units 1/curvature) is a tensor of one element on
-    the CPU or beside ``v``. ``sq_norm``, a tensor of one element beside ``v``, receives the squared norm of the new
-    ``v``; it stays on the device, and its value does not depend on the number of threads.
+    their shapes and dtype, or a 16-bit dtype beside float32. ``alpha`` (units 1/curvature) is a tensor of one element
+    on the CPU or beside ``v``. ``sq_norm``, a tensor of one element beside ``v``, receives the squared norm of the new
+    ``v``; it stays on the device. From a native kernel its value does not depend on the number of threads.
     """
     if not v and not p and not av:
         if sq_norm is not None:

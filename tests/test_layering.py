@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "nestopt_ext"
 
-FOUNDATION = {"_ops", "_lists", "_types", "_functions", "_reference", "_version"}
+FOUNDATION = {"_ops", "_lists", "_types", "_reference", "_version"}
 ROOMS = {
     "_version": set(),
     "_types": set(),
@@ -118,5 +118,6 @@ def test_an_op_has_one_stem_everywhere() -> None:
             f"csrc/cuda/{stem}.cu",
             f"csrc/ops/{stem}.cpp",
             f"tests/test_ops_{stem}.py",
+            f"bench/cases/{stem}.py",
         ]
         assert [p for p in expected if not (ROOT / p).exists()] == []

@@ -1,5 +1,7 @@
 #include "cpu/complex_sgd.h"
 
+#include <algorithm>
+
 #include "cpu/list_walker.h"
 #include "cpu/simd.h"
 
@@ -21,15 +23,25 @@ NESTOPT_SIMD void dense_run(int64_t n, const ComplexSgdScalars<M> s, P* __restri
 }
 
 template <Momentum kMomentum, class P, class M>
-void strided_run(int64_t n, const ComplexSgdScalars<M>& s, const int64_t* strides, P* param, const P* grad, M* buf,
-                 M* imag) {
-  for (int64_t i = 0; i < n; ++i) {
-    M none = M(0);
-    M p = load(param[i * strides[0]]);
-    M& b = kMomentum == Momentum::kNone ? none : buf[i * strides[2]];
-    M& c = kMomentum == Momentum::kComplex ? imag[i * strides[3]] : none;
-    complex_sgd<kMomentum>(s, load(grad[i * strides[1]]), p, b, c);
-    param[i * strides[0]] = store<P>(p);
+void strided_run(int64_t n, const ComplexSgdScalars<M>& s, const int64_t* strides, P* param, P* grad, M* buf, M* imag) {
+  for (int64_t at = 0; at < n; at += kBlock) {
+    const int64_t length = std::min(kBlock, n - at);
+    Block<P> p(param + at * strides[0], strides[0], length);
+    Block<P> g(grad + at * strides[1], strides[1], length);
+    if constexpr (kMomentum == Momentum::kNone) {
+      dense_run<kMomentum, P, M>(length, s, p.get(), g.get(), nullptr, nullptr);
+    } else {
+      Block<M> b(buf + at * strides[2], strides[2], length);
+      if constexpr (kMomentum == Momentum::kReal) {
+        dense_run<kMomentum, P, M>(length, s, p.get(), g.get(), b.get(), nullptr);
+      } else {
+        Block<M> c(imag + at * strides[3], strides[3], length);
+        dense_run<kMomentum, P, M>(length, s, p.get(), g.get(), b.get(), c.get());
+        c.put();
+      }
+      b.put();
+    }
+    p.put();
   }
 }
 
@@ -40,7 +52,7 @@ void walk(const TensorList<kOperands>& list, int64_t first, int64_t last, const 
   for (int k = 0; k < kOperands; ++k) sizes[k] = k < 2 ? sizeof(P) : sizeof(M);
   for_each_run(list, sizes, first, last, [&](int64_t, const Run<kOperands>& run) {
     P* param = run.template at<P>(0);
-    const P* grad = run.template at<P>(1);
+    P* grad = run.template at<P>(1);
     M* buf = kOperands > 2 ? run.template at<M>(2) : nullptr;
     M* imag = kOperands > 3 ? run.template at<M>(3) : nullptr;
     if (run.dense()) {

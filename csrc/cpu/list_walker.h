@@ -24,6 +24,31 @@ struct Run {
   }
 };
 
+// One operand of a strided run as an array, in blocks: where its elements are not next to each other they are gathered
+// into a buffer, and scattered again after they were updated. The update itself is then the same vector code as for
+// dense runs.
+constexpr int64_t kBlock = 512;
+
+template <class T>
+class Block {
+ public:
+  Block(T* data, int64_t stride, int64_t length) : data_(data), stride_(stride), length_(length) {
+    if (stride_ == 1) return;
+    for (int64_t i = 0; i < length_; ++i) buffer_[i] = data_[i * stride_];
+  }
+  T* get() { return stride_ == 1 ? data_ : buffer_; }
+  void put() const {
+    if (stride_ == 1) return;
+    for (int64_t i = 0; i < length_; ++i) data_[i * stride_] = buffer_[i];
+  }
+
+ private:
+  T* data_;
+  int64_t stride_;
+  int64_t length_;
+  T buffer_[kBlock];
+};
+
 // Elements [begin, end) of one strided entry in row-major order, one run per row of the innermost dimension.
 template <int kOperands, class Body>
 void for_each_row(const StridedEntry<kOperands>& entry, const int64_t (&sizes)[kOperands], int64_t begin, int64_t end,

@@ -35,37 +35,33 @@ NESTOPT_SIMD double sum_of_squares(int64_t n, const V* __restrict v) {
   return sum;
 }
 
-template <class V, class A>
-double strided_run(int64_t n, const NeumannScalars<math_t<V>>& s, const int64_t* strides, V* v, V* p, const A* av) {
-  double sum = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const double x = neumann<V>(s, math_t<V>(load(av[i * strides[2]])), v[i * strides[0]], p[i * strides[1]]);
-    sum += x * x;
-  }
-  return sum;
-}
-
 }  // namespace
 
 template <class V, class A>
 void neumann_chunks(const TensorList<3>& list, int64_t first, int64_t last, const NeumannScalars<math_t<V>>& s,
                     double* sq_norms) {
-  constexpr int64_t kBlock = 2048;  // small enough that the norm reads v from the first-level cache
+  constexpr int64_t kCached = 2048;  // elements between update and norm that stay in the first-level cache
   const int64_t sizes[3] = {sizeof(V), sizeof(V), sizeof(A)};
   if (sq_norms) std::fill(sq_norms + first, sq_norms + last, 0.0);
   for_each_run(list, sizes, first, last, [&](int64_t chunk, const Run<3>& run) {
-    V* v = run.at<V>(0);
-    V* p = run.at<V>(1);
-    const A* av = run.at<A>(2);
-    if (!run.dense()) {
-      const double sum = strided_run<V, A>(run.length, s, run.strides, v, p, av);
-      if (sq_norms) sq_norms[chunk] += sum;
-      return;
-    }
-    for (int64_t at = 0; at < run.length; at += kBlock) {
-      const int64_t n = std::min(kBlock, run.length - at);
-      dense_run<V, A>(n, s, v + at, p + at, av + at);
-      if (sq_norms) sq_norms[chunk] += sum_of_squares(n, v + at);
+    const bool dense = run.dense();
+    const int64_t block = !dense ? kBlock : sq_norms ? kCached : run.length;
+    for (int64_t at = 0, n = 0; at < run.length; at += n) {
+      n = std::min(block, run.length - at);
+      V* v = run.at<V>(0) + at * run.strides[0];
+      V* p = run.at<V>(1) + at * run.strides[1];
+      A* av = run.at<A>(2) + at * run.strides[2];
+      if (dense) {
+        dense_run<V, A>(n, s, v, p, av);
+        if (sq_norms) sq_norms[chunk] += sum_of_squares(n, v);
+      } else {
+        Block<V> v_block(v, run.strides[0], n), p_block(p, run.strides[1], n);
+        Block<A> av_block(av, run.strides[2], n);
+        dense_run<V, A>(n, s, v_block.get(), p_block.get(), av_block.get());
+        v_block.put();
+        p_block.put();
+        if (sq_norms) sq_norms[chunk] += sum_of_squares(n, v_block.get());
+      }
     }
   });
 }

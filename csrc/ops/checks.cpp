@@ -7,8 +7,10 @@
 
 #include <algorithm>
 #include <bit>
+#include <cctype>
 #include <cmath>
 #include <sstream>
+#include <string>
 #include <tuple>
 #include <utility>
 

@@ -2,6 +2,7 @@
 #include "ops/boxed.h"
 
 #include "cpu/complex_sgd.h"
+#include "ops/autograd.h"
 #include "ops/checks.h"
 #include "ops/collect.h"
 #if defined(NESTOPT_WITH_CUDA)
@@ -132,6 +133,7 @@ void complex_sgd_step_(BoxedArguments next) {
 
 }  // namespace
 
+TORCH_LIBRARY_IMPL(nestopt_ext, Autograd, library) { implement_no_derivative(library, "complex_sgd_step_"); }
 TORCH_LIBRARY_IMPL(nestopt_ext, CPU, library) { implement<complex_sgd_step_<run_cpu>>(library, "complex_sgd_step_"); }
 #if defined(NESTOPT_WITH_CUDA)
 TORCH_LIBRARY_IMPL(nestopt_ext, CUDA, library) { implement<complex_sgd_step_<run_cuda>>(library, "complex_sgd_step_"); }

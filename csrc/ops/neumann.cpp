@@ -2,9 +2,11 @@
 #include "ops/boxed.h"
 
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/neumann.h"
+#include "ops/autograd.h"
 #include "ops/checks.h"
 #include "ops/collect.h"
 #if defined(NESTOPT_WITH_CUDA)
@@ -87,7 +89,7 @@ void run_cpu(const Arguments& a) {
 
 #if defined(NESTOPT_WITH_CUDA)
 void run_cuda(const Arguments& a) {
-  const CurrentDevice on(a.v.empty() ? *a.sq_norm : *a.v[0]);
+  const CurrentDevice on(*a.v[0]);
   int64_t num_partials = 0;
   if (a.sq_norm) {
     visit_lists(a, [&](auto, auto, const auto& list) { num_partials += cuda::neumann_partials(list); });
@@ -122,12 +124,17 @@ void neumann_step_(BoxedArguments next) {
   };
   ListCheck checks("neumann_step_");
   check(arguments, checks);
+  if (arguments.v.empty()) {
+    if (arguments.sq_norm != nullptr) arguments.sq_norm->zero_();
+    return;
+  }
   checks.bump_versions();  // now, while the tensors' records are still in the cache
   kRun(arguments);
 }
 
 }  // namespace
 
+TORCH_LIBRARY_IMPL(nestopt_ext, Autograd, library) { implement_no_derivative(library, "neumann_step_"); }
 TORCH_LIBRARY_IMPL(nestopt_ext, CPU, library) { implement<neumann_step_<run_cpu>>(library, "neumann_step_"); }
 #if defined(NESTOPT_WITH_CUDA)
 TORCH_LIBRARY_IMPL(nestopt_ext, CUDA, library) { implement<neumann_step_<run_cuda>>(library, "neumann_step_"); }

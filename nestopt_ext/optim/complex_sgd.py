@@ -334,6 +334,8 @@ class ComplexSGD(Optimizer):
                 new["momentum_buffer_imag"] = _new_buffer(param)
             now = {**state, **new}
             buffers = [now[name] for name in _BUFFERS if momentum != 0 and name in now]
+            for name, buffer in zip(_BUFFERS, buffers, strict=False):
+                _check_buffer(f"{name} of params[{index}]", buffer, param)
             key = (param.device, len(buffers), first)
             if key not in batches:
                 # With an empty buffer and no dampening, the first step leaves the gradient in the buffer.
@@ -459,6 +461,15 @@ def _check_group(group: dict[str, Any], owner: str = "ComplexSGD") -> None:
             f" got momentum {group['momentum']} and dampening {group['dampening']}."
         )
     check_implementation(owner, {name: group.get(name) for name in ("foreach", "fused", "differentiable")})
+
+
+def _check_buffer(label: str, buffer: Tensor, param: Tensor) -> None:
+    wanted = (param.shape, opmath(param.dtype), param.device)
+    if (buffer.shape, buffer.dtype, buffer.device) != wanted:
+        raise ValueError(
+            f"ComplexSGD: {label} must be {wanted[1]} of shape {tuple(wanted[0])} on {wanted[2]};"
+            f" got {buffer.dtype} of shape {tuple(buffer.shape)} on {buffer.device}."
+        )
 
 
 def _implementation(group: dict[str, Any], native: bool) -> str:
