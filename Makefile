@@ -28,7 +28,7 @@ SAY := printf '\n== %s\n'
 CPP_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help run test bench lint format build gpu-check clean
+.PHONY: help run test bench lint format build gpu-check clean FORCE
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -72,18 +72,20 @@ $(VENV)/bin/python:
 	@$(SAY) "making the environment $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.ready: requirements/build.txt requirements/experiments.txt requirements/test.txt | $(VENV)/bin/python
-	@if ! $(PY) -c 'import torch' 2> /dev/null; then \
-	  $(SAY) "installing $(TORCH)"; \
-	  index="$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))"; \
-	  if $(PIP) install -q --dry-run --report - $(PIP_ARGS) $$index "$(TORCH)" 2> /dev/null | grep -q '"name": "nvidia'; then \
-	    echo "This is a CUDA build: with its libraries several GB will be downloaded. For a CPU build stop now and give the"; \
-	    echo "package index that the PyTorch site names for it: make TORCH_INDEX=... (as the first make in this folder)."; \
-	  fi; \
-	  $(PIP) install -q $(PIP_ARGS) $$index "$(TORCH)"; \
-	fi
+# Holds the torch that was asked for, so that asking for another one installs it.
+$(VENV)/.torch: FORCE | $(VENV)/bin/python
+	@echo '$(TORCH) $(TORCH_INDEX)' | cmp -s - $@ || echo '$(TORCH) $(TORCH_INDEX)' > $@
+
+$(VENV)/.ready: $(VENV)/.torch requirements/build.txt requirements/experiments.txt requirements/test.txt
+	@$(SAY) "installing $(TORCH)"
+	@index="$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))"; \
+	if $(PIP) install -q --dry-run --report - $(PIP_ARGS) $$index "$(TORCH)" 2> /dev/null | grep -q '"name": "nvidia'; then \
+	  echo "This is a CUDA build: with its libraries several GB will be downloaded. For a CPU build stop now and give the"; \
+	  echo "package index that the PyTorch site names for it: make TORCH_INDEX=..."; \
+	fi; \
+	$(PIP) install -q $(PIP_ARGS) $$index "$(TORCH)"
 	@$(SAY) "installing the tools that build and test (requirements/*.txt)"
-	@$(PIP) install -q $(PIP_ARGS) $(addprefix -r ,$^)
+	@$(PIP) install -q $(PIP_ARGS) $(addprefix -r ,$(filter requirements/%,$^))
 	@touch $@
 
 $(VENV)/.ready-lint: requirements/lint.txt | $(READY)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
+from torch.autograd import forward_ad
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REAL = (torch.float32, torch.float64)
@@ -49,6 +50,16 @@ class _Span(NamedTuple):
     place: int  # among the arguments
     label: str
     tensor: Tensor
+
+
+def _extent(t: Tensor) -> int:
+    """Bytes from the first element to the end of the last; ``t`` is not empty."""
+    return (1 + sum((s - 1) * st for s, st in zip(t.shape, t.stride(), strict=True))) * t.element_size()
+
+
+def holds_its_elements(t: Tensor) -> bool:
+    """False if the storage was resized or freed behind the tensor, so that touching it would touch foreign memory."""
+    return t.numel() == 0 or t.storage_offset() * t.element_size() + _extent(t) <= t.untyped_storage().nbytes()
 
 
 class ListCheck:
@@ -143,13 +154,12 @@ class ListCheck:
         for label, t, written in self._items:
             if t.numel() == 0:
                 continue
-            extent = (1 + sum((s - 1) * st for s, st in zip(t.shape, t.stride(), strict=True))) * t.element_size()
-            held = t.untyped_storage().nbytes()
-            if t.storage_offset() * t.element_size() + extent > held:
+            if not holds_its_elements(t):
                 raise ValueError(
-                    f"{self.op}: {label} must have storage for its elements; got a storage of {held} bytes."
-                    " It was resized or freed behind the tensor."
+                    f"{self.op}: {label} must have storage for its elements; got a storage of"
+                    f" {t.untyped_storage().nbytes()} bytes. It was resized or freed behind the tensor."
                 )
+            extent = _extent(t)
             if t.data_ptr() % t.element_size():
                 raise ValueError(
                     f"{self.op}: {label} must be aligned to its element size, {t.element_size()} bytes;"
@@ -173,7 +183,7 @@ class ListCheck:
         cluster.sort(key=lambda span: (span.only_read, span.place))
         if len(cluster) < 2 or cluster[0].only_read:
             return
-        owner = torch.zeros(max(span.end for span in cluster) - start, dtype=torch.int32)
+        owner = torch.zeros(max(span.end for span in cluster) - start, dtype=torch.int32, device="cpu")
         for number, span in enumerate(cluster, 1):
             size = span.tensor.element_size()
             strides = [st * size for st in span.tensor.stride()] + [1]
@@ -220,3 +230,22 @@ def _overlaps_itself(t: Tensor) -> bool:
             return t.numel() > 0
         reach += stride * (size - 1)
     return False
+
+
+def no_derivative(op: str, arguments: Mapping[str, object]) -> None:
+    """Refuses tensors, alone or in lists, of which autograd would want the derivative of an op that has none."""
+    for name, value in arguments.items():
+        tensors = [value] if isinstance(value, Tensor) else value if isinstance(value, list | tuple) else []
+        for i, t in enumerate(tensors):
+            label = name if isinstance(value, Tensor) else f"{name}[{i}]"
+            if t.requires_grad:
+                raise ValueError(
+                    f"{op}: {label} must not require grad while grad mode is on; got one that does."
+                    " Call under torch.no_grad()."
+                )
+            if torch._C._functorch.is_gradtrackingtensor(t) or _has_tangent(t):
+                raise ValueError(f"{op}: {label} must not carry a forward-mode tangent; got one that does. Detach it.")
+
+
+def _has_tangent(t: Tensor) -> bool:
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]

@@ -1,8 +1,8 @@
 """The index of native ops: schema, check, fake kernel, reference kernel and typed function of each.
 
-Schemas are defined here, once; importing the native library adds kernels for the CPU and CUDA keys under them. Nothing
-above this file knows which kernel ran. Whatever may change from step to step is a tensor in the schema, so a changed
-value does not recompile a ``torch.compile``d caller; lists that are mutated return nothing.
+Schemas are defined here, once; importing the native library registers kernels for the CPU, CUDA and Autograd keys under
+them. Nothing above this file knows which kernel ran. Whatever may change from step to step is a tensor in the schema,
+so that a changed value does not recompile a ``torch.compile``d caller; lists that are mutated return nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import _checks, _library, _reference
 
+_library.load()
 _lib: Any = torch.library.Library("nestopt_ext", "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -29,10 +30,21 @@ def _define(schema: str, reference: Callable[..., None], check: Callable[..., li
     def fake(*args: Any, **kwargs: Any) -> None:
         check(*args, **kwargs)
 
+    def refuse_derivatives(keys: Any, *args: Any, **kwargs: Any) -> None:
+        # Passing on would drop the graph, or leave a tangent as it was, without a word.
+        if torch.is_grad_enabled():
+            _checks.no_derivative(name, {**dict(zip(names, args, strict=False)), **kwargs})
+        with torch._C._AutoDispatchBelowAutograd():
+            op(*args, **kwargs)
+
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _lib.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"nestopt_ext::{name}", fake, lib=_lib)
-    return getattr(torch.ops.nestopt_ext, name).default
+    op = getattr(torch.ops.nestopt_ext, name).default
+    names = [argument.name for argument in op._schema.arguments]
+    if _library.native() is None:
+        _lib.impl(name, refuse_derivatives, "Autograd", with_keyset=True)
+    return op
 
 
 def is_native(op: str, device_type: str) -> bool:
@@ -46,7 +58,7 @@ _SAME = {d: (d,) for d in _checks.FLOATING}
 _OPMATH = {d: (_reference.opmath(d),) for d in _checks.FLOATING}
 
 
-def _check_complex_sgd_step(
+def check_complex_sgd_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor],
@@ -96,7 +108,7 @@ _complex_sgd_step_ = _define(
     " float weight_decay=0.0, bool nesterov=False, bool maximize=False, Tensor? grad_scale=None,"
     " Tensor? found_inf=None) -> ()",
     _reference.complex_sgd_step_,
-    _check_complex_sgd_step,
+    check_complex_sgd_step,
 )
 
 
@@ -151,7 +163,7 @@ _PRODUCT = {
 }
 
 
-def _check_neumann_step(
+def check_neumann_step(
     v: Sequence[Tensor],
     p: Sequence[Tensor],
     av: Sequence[Tensor],
@@ -176,7 +188,7 @@ _neumann_step_ = _define(
     "neumann_step_(Tensor(a!)[] v, Tensor(b!)[] p, Tensor[] av, Tensor alpha, *, float damping=0.0,"
     " Tensor(c!)? sq_norm=None) -> ()",
     _reference.neumann_step_,
-    _check_neumann_step,
+    check_neumann_step,
 )
 
 
@@ -203,7 +215,6 @@ def neumann_step_(
     _neumann_step_(v, p, av, alpha, damping=damping, sq_norm=sq_norm)
 
 
-_library.load()
 _NATIVE = {
     (op, key.lower())
     for op in ("complex_sgd_step_", "neumann_step_")

@@ -19,7 +19,7 @@ ROOMS = {
     "_checks": set(),
     "_library": {"_version"},
     "_ops": {"_library", "_reference", "_checks"},
-    "optim": FOUNDATION,
+    "optim": FOUNDATION | {"_checks"},
     "curvature": FOUNDATION,
     "solvers": FOUNDATION,  # never curvature: a solver sees only a matvec
     "hypergrad": FOUNDATION | {"solvers", "curvature"},

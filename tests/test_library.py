@@ -197,3 +197,18 @@ print(*[repr(float(p.detach().sum())) for p in params])
     assert len(found[0]) == 3
     for a, b in zip(*found, strict=True):
         assert float(a) == pytest.approx(float(b), rel=1e-12)
+
+
+def test_a_build_that_fails_leaves_no_older_library_behind(tmp_path):
+    for name in ("nestopt_ext", "csrc", "requirements", "_build_backend"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    stale = tmp_path / "nestopt_ext/_C.of-an-earlier-build.so"
+    stale.write_bytes(b"")
+    build = "import runpy, sys; sys.argv = ['setup.py', '-q', 'build_ext', '--inplace']; runpy.run_path('setup.py')"
+    done = run_python(f"import os; os.chdir({str(tmp_path)!r})\n{build}", NESTOPT_NATIVE="0")
+    assert done.returncode == 0, done.stderr
+    assert not stale.exists()
+    report = json.loads((tmp_path / "nestopt_ext/_build_report.json").read_text())
+    assert report["reason"] == "it was left out of the build (NESTOPT_NATIVE=0)"

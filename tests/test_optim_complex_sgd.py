@@ -430,7 +430,8 @@ def test_a_gradient_of_another_size_is_refused(implementation):
     params[1].data = torch.ones(6)
     before = snapshot(optimizer)
     with pytest.raises(
-        ValueError, match=r"ComplexSGD: the gradient of params\[1\] must have its shape \(6,\); got \(4,\)"
+        ValueError,
+        match=r"ComplexSGD: the gradient of params\[1\] must have its shape \(6,\) and dtype torch.float32; got \(4,\)",
     ):
         optimizer.step()
     assert before.unchanged()
@@ -705,6 +706,12 @@ def set_buffer(value, name="momentum_buffer"):
     return lambda c: c["state"][1].__setitem__(name, value)
 
 
+def freed():
+    buffer = torch.ones(3)
+    buffer.untyped_storage().resize_(0)
+    return buffer
+
+
 WHERE = r"ComplexSGD.load_state_dict: state\[1\]\['momentum_buffer'\] must "
 HOSTILE = {
     "short": (set_buffer(torch.ones(2)), ValueError, WHERE + r"have the shape of its parameter \(3,\); got \(2,\)"),
@@ -731,6 +738,27 @@ HOSTILE = {
         set_buffer(None, BUFFERS[1]),
         TypeError,
         r"state\[1\]\['momentum_buffer_imag'\] must be a tensor; got None",
+    ),
+    "freed": (set_buffer(freed()), ValueError, WHERE + "have storage for its elements"),
+    "imag-alone": (
+        lambda c: c["state"][1].pop("momentum_buffer"),
+        ValueError,
+        r"state\[1\]\['momentum_buffer_imag'\] must come with its real part",
+    ),
+    "no-state": (lambda c: c.pop("state"), TypeError, r"state_dict\['state'\] must be a dict; got NoneType"),
+    "no-groups": (lambda c: c.pop("param_groups"), TypeError, r"state_dict\['param_groups'\] must be a list"),
+    "state-list": (lambda c: c.update(state=[1]), TypeError, r"state_dict\['state'\] must be a dict; got list"),
+    "state-none": (lambda c: c["state"].update({0: None}), TypeError, r"state\[0\] must be a dict; got NoneType"),
+    "group-number": (lambda c: c.update(param_groups=[3]), TypeError, r"param_groups\[0\] must be a dict with a list"),
+    "nested-ids": (
+        lambda c: c["param_groups"][0].update(params=[[0]]),
+        TypeError,
+        r"param_groups\[0\] must be a dict with a list",
+    ),
+    "text-flag": (
+        lambda c: c["param_groups"][0].update(nesterov="no"),
+        TypeError,
+        "ComplexSGD.load_state_dict: nesterov must be True or False; got 'no'",
     ),
     "missing-group": (lambda c: c.__setitem__("param_groups", []), ValueError, "different number of parameter groups"),
     "extra-group": (
@@ -1234,3 +1262,63 @@ def test_trains_a_network():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.15 * losses[0]
+
+
+def test_a_fault_in_a_late_parameter_is_found_before_the_others_move():
+    base = torch.ones(6)
+    params = [Parameter(torch.ones(2)), Parameter(base[:4]), Parameter(base[2:])]
+    optimizer = ComplexSGD(params, momentum=MOMENTUM)
+    params[0].grad = torch.ones(2)
+    optimizer.step()
+    for p in params:
+        p.grad = torch.ones_like(p)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"params\[0\] must not share memory with params\[1\]"):
+        optimizer.step()
+    assert before.unchanged()
+
+
+@implementations
+def test_messages_name_the_group(implementation):
+    params = make_params([(3,), (3,)])
+    optimizer = ComplexSGD([{"params": [params[0]]}, {"params": [params[1]]}], momentum=MOMENTUM, **implementation)
+    params[1].grad = torch.sparse_coo_tensor([[0]], [1.0], (3,), dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"param_groups\[1\]\['params'\]\[0\]"):
+        optimizer.step()
+
+
+@implementations
+def test_a_gradient_of_another_dtype_is_refused(implementation):
+    p = Parameter(torch.ones(3, dtype=torch.float64))
+    p.grad = torch.ones(3, dtype=torch.float64)
+    p.data = p.data.float()
+    optimizer = ComplexSGD([p], **implementation)
+    with pytest.raises(
+        ValueError, match=r"the gradient of params\[0\] must have its shape \(3,\) and dtype torch.float32"
+    ):
+        optimizer.step()
+
+
+def test_numbers_of_numpy_survive_a_safe_checkpoint(tmp_path):
+    np = pytest.importorskip("numpy")
+    params = make_params([(3,)])
+    optimizer = ComplexSGD(params, lr=np.float64(0.1), momentum=np.complex128(0.5j), weight_decay=np.float32(0.5))
+    optimizer.add_param_group({"params": make_params([(2,)]), "momentum": np.float64(0.5)})
+    torch.save(optimizer.state_dict(), tmp_path / "c.pt")
+    groups = torch.load(tmp_path / "c.pt", weights_only=True)["param_groups"]
+    assert (groups[0]["lr"], groups[0]["momentum"], groups[0]["weight_decay"]) == (0.1, 0.5j, 0.5)
+    assert groups[1]["momentum"] == 0.5
+
+
+@implementations
+def test_the_default_device_is_not_where_the_scalars_go(implementation):
+    params = make_params([(3,)])
+    optimizer = ComplexSGD(params, momentum=MOMENTUM, **implementation)
+    torch.set_default_device("meta")
+    try:
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    finally:
+        torch.set_default_device(None)
+    assert all(p.isfinite().all() for p in params)

@@ -49,6 +49,13 @@ def check_real(owner: str, name: str, value: object, *, minimum: float = -math.i
         raise ValueError(f"{owner}: {name} must be finite{bound}; got {value}.")
 
 
+def check_flags(owner: str, group: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    """True or False, where a truthy text would pass for True."""
+    for name in names:
+        if not isinstance(group.get(name, False), bool):
+            raise TypeError(f"{owner}: {name} must be True or False; got {group[name]!r}.")
+
+
 def check_implementation(owner: str, group: Mapping[str, Any]) -> None:
     """At most one of ``foreach``, ``fused`` and ``differentiable`` may be asked for."""
     asked = [name for name in ("foreach", "fused", "differentiable") if group[name]]

@@ -4,8 +4,9 @@ import cmath
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from numbers import Complex, Real
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .. import _ops
+from .._checks import holds_its_elements
 from .._reference import complex_sgd_step_ as single_tensor
 from .._reference import opmath
-from ._arguments import check_implementation, check_lr, check_momentum, check_real
+from ._arguments import check_flags, check_implementation, check_lr, check_momentum, check_real
 
 _BUFFERS = ("momentum_buffer", "momentum_buffer_imag")
 _hyperparameters = operator.itemgetter(
@@ -60,8 +62,8 @@ class ComplexSGD(Optimizer):
     as it is.
 
     Raises:
-        ValueError, TypeError: for a bad hyperparameter, a sparse gradient, a state that does not fit, tensors that
-            overlap; nothing is modified then.
+        ValueError, TypeError: for a bad hyperparameter, before anything is modified; for a sparse gradient, a state
+            that does not fit or, in the fused form, tensors that overlap, before anything of that group is modified.
 
     Source: Lorraine, Acuna, Vicol, Duvenaud, "Complex Momentum for Optimization in Games", 2022, whose buffer has the
     opposite sign and no dampening.
@@ -101,6 +103,7 @@ class ComplexSGD(Optimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
+        _plain_numbers(defaults)
         _check_group(defaults)
         super().__init__(params, defaults)
         # GradScaler then hands over its scale and its verdict instead of reading the verdict back to the host.
@@ -120,6 +123,7 @@ class ComplexSGD(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group after checking its hyperparameters; see :meth:`torch.optim.Optimizer.add_param_group`."""
         if isinstance(param_group, dict):
+            _plain_numbers(param_group)
             _check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
@@ -150,10 +154,14 @@ class ComplexSGD(Optimizer):
                         yield param, key, name, state_dict["state"][key][name]
 
     def _check_loaded(self, state_dict: dict[str, Any]) -> None:
+        owner = "ComplexSGD.load_state_dict"
+        _check_structure(owner, state_dict)
         for group in state_dict["param_groups"]:
-            _check_group({**self.defaults, **group}, "ComplexSGD.load_state_dict")
+            _check_group({**self.defaults, **group}, owner)
         for param, key, name, value in self._loaded_buffers(state_dict):
-            label = f"ComplexSGD.load_state_dict: state[{key!r}][{name!r}]"
+            label = f"{owner}: state[{key!r}][{name!r}]"
+            if name == "momentum_buffer_imag" and state_dict["state"][key].get("momentum_buffer") is None:
+                raise ValueError(f"{label} must come with its real part 'momentum_buffer'; got none.")
             if value is None and name == "momentum_buffer":
                 continue
             if not isinstance(value, Tensor):
@@ -165,6 +173,10 @@ class ComplexSGD(Optimizer):
             if value.shape != param.shape:
                 raise ValueError(
                     f"{label} must have the shape of its parameter {tuple(param.shape)}; got {tuple(value.shape)}."
+                )
+            if not holds_its_elements(value):
+                raise ValueError(
+                    f"{label} must have storage for its elements; got a storage that was resized or freed."
                 )
 
     def _restore_buffers(self, state_dict: dict[str, Any]) -> None:
@@ -218,7 +230,11 @@ class ComplexSGD(Optimizer):
                 # Refused before anything was written. Complex parameters and several devices are taken apart below;
                 # what is still refused is the caller's to hear.
                 pass
-        for batch in self._batches(group):
+        batches = list(self._batches(group))
+        if len(batches) > 1 and not torch.compiler.is_compiling():
+            for batch in batches:  # none may be written to before all are known to be right
+                self._check_batch(group, batch)
+        for batch in batches:
             self._update(group, batch)
             for state, new in zip(batch.states, batch.new_state, strict=True):
                 state.update(new)
@@ -294,7 +310,7 @@ class ComplexSGD(Optimizer):
         known: tuple[float, Tensor] | None = self.__dict__.get("_lr_tensor")
         if known is not None and known[0] == lr:
             return known[1]
-        tensor = torch.tensor(lr, dtype=torch.float64)
+        tensor = torch.tensor(lr, dtype=torch.float64, device="cpu")
         if type(tensor) is Tensor:  # not one of a tracing mode
             self._lr_tensor = (lr, tensor)
         return tensor
@@ -308,19 +324,20 @@ class ComplexSGD(Optimizer):
             grad = param.grad
             if grad is None:
                 continue
+            label = self._label(group, index)
             if grad.layout != torch.strided:
                 raise TypeError(
-                    f"ComplexSGD: the gradient of params[{index}] must be dense; got {grad.layout}."
+                    f"ComplexSGD: the gradient of {label} must be dense; got {grad.layout}."
                     " Use sparse=False in the embedding, or call .to_dense() on the gradient."
                 )
-            if grad.shape != param.shape:
+            if (grad.shape, grad.dtype) != (param.shape, param.dtype):
                 raise ValueError(
-                    f"ComplexSGD: the gradient of params[{index}] must have its shape {tuple(param.shape)};"
-                    f" got {tuple(grad.shape)}."
+                    f"ComplexSGD: the gradient of {label} must have its shape {tuple(param.shape)} and dtype"
+                    f" {param.dtype}; got {tuple(grad.shape)} and {grad.dtype}. Set .grad anew after changing .data."
                 )
             if not torch.compiler.is_compiling() and torch._debug_has_internal_overlap(param) == 1:
                 raise ValueError(
-                    f"ComplexSGD: params[{index}] must not overlap itself; got shape {tuple(param.shape)} with strides"
+                    f"ComplexSGD: {label} must not overlap itself; got shape {tuple(param.shape)} with strides"
                     f" {param.stride()}. Pass a clone."
                 )
             state = self.state[param] if momentum != 0 else {}
@@ -335,13 +352,29 @@ class ComplexSGD(Optimizer):
             now = {**state, **new}
             buffers = [now[name] for name in _BUFFERS if momentum != 0 and name in now]
             for name, buffer in zip(_BUFFERS, buffers, strict=False):
-                _check_buffer(f"{name} of params[{index}]", buffer, param)
+                _check_buffer(f"{name} of {label}", buffer, param)
             key = (param.device, len(buffers), first)
             if key not in batches:
                 # With an empty buffer and no dampening, the first step leaves the gradient in the buffer.
                 batches[key] = _Batch([], [], [], [], dampening=0 if first else group["dampening"])
             batches[key].append(param, grad, buffers, state, new)
         yield from batches.values()
+
+    def _label(self, group: dict[str, Any], index: int) -> str:
+        """What messages call a parameter."""
+        if len(self.param_groups) == 1:
+            return f"params[{index}]"
+        number = next(i for i, other in enumerate(self.param_groups) if other is group)
+        return f"param_groups[{number}]['params'][{index}]"
+
+    def _check_batch(self, group: dict[str, Any], batch: "_Batch") -> None:
+        """What the op would check, without a step."""
+        _ops.check_complex_sgd_step(
+            *(batch.params, batch.grads, batch.buffers, batch.buffers_imag),
+            torch.zeros((), device="cpu"),
+            momentum=group["momentum"].real,
+            momentum_imag=group["momentum"].imag,
+        )
 
     def _update(self, group: dict[str, Any], batch: "_Batch") -> None:
         lists = (batch.params, batch.grads, batch.buffers, batch.buffers_imag)
@@ -450,9 +483,38 @@ def foreach(
             torch._foreach_add_(p, step, alpha=-lr)
 
 
+def _plain_numbers(group: dict[str, Any]) -> None:
+    """Makes numbers of NumPy and others Python's own, which checkpoints can hold."""
+    for name in ("lr", "momentum", "dampening", "weight_decay"):
+        value = group.get(name)
+        if isinstance(value, Complex) and not isinstance(value, bool | int):
+            group[name] = float(value) if isinstance(value, Real) else complex(value)
+
+
+def _check_structure(owner: str, state_dict: object) -> None:
+    """A checkpoint may come from anywhere: nothing is taken to be what it should be."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"{owner}: state_dict must be a dict; got {type(state_dict).__name__}.")
+    state, groups = state_dict.get("state"), state_dict.get("param_groups")
+    if not isinstance(state, Mapping):
+        raise TypeError(f"{owner}: state_dict['state'] must be a dict; got {type(state).__name__}.")
+    for key, value in state.items():
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{owner}: state[{key!r}] must be a dict; got {type(value).__name__}.")
+    if not isinstance(groups, list):
+        raise TypeError(f"{owner}: state_dict['param_groups'] must be a list; got {type(groups).__name__}.")
+    for i, group in enumerate(groups):
+        ids = group.get("params") if isinstance(group, Mapping) else None
+        if not isinstance(ids, list) or not all(isinstance(key, int | str) for key in ids):
+            raise TypeError(
+                f"{owner}: param_groups[{i}] must be a dict with a list 'params' of ids; got {group!r:.80}."
+            )
+
+
 def _check_group(group: dict[str, Any], owner: str = "ComplexSGD") -> None:
     check_lr(owner, group["lr"])
     check_momentum(owner, "momentum", group["momentum"])
+    check_flags(owner, group, ("nesterov", "maximize", "differentiable"))
     check_real(owner, "dampening", group["dampening"])
     check_real(owner, "weight_decay", group["weight_decay"], minimum=0.0)
     if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
@@ -469,6 +531,7 @@ def _check_buffer(label: str, buffer: Tensor, param: Tensor) -> None:
         raise ValueError(
             f"ComplexSGD: {label} must be {wanted[1]} of shape {tuple(wanted[0])} on {wanted[2]};"
             f" got {buffer.dtype} of shape {tuple(buffer.shape)} on {buffer.device}."
+            " Make a new optimizer after changing .data."
         )
 
 
