@@ -243,9 +243,11 @@ def no_derivative(op: str, arguments: Mapping[str, object]) -> None:
                     f"{op}: {label} must not require grad while grad mode is on; got one that does."
                     " Call under torch.no_grad()."
                 )
-            if torch._C._functorch.is_gradtrackingtensor(t) or _has_tangent(t):
+            if _has_tangent(t):
                 raise ValueError(f"{op}: {label} must not carry a forward-mode tangent; got one that does. Detach it.")
 
 
 def _has_tangent(t: Tensor) -> bool:
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
+    if forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(t, level=0).tangent is not None  # type: ignore[no-untyped-call]

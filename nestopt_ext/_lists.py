@@ -49,15 +49,17 @@ class Structure:
         """``w`` alone, ``w[0], w[1]`` in a sequence, ``w['bias']`` in a mapping."""
         return [name + suffix for suffix in self.suffixes]
 
-    def match(self, caller: str, name: str, value: object) -> TensorList:
+    def match(self, caller: str, name: str, value: object, *, returned: bool = False) -> TensorList:
         """The tensors of ``value`` in the order of this structure; raises unless ``value`` holds the same elements.
 
         List and tuple count as one kind, because ``torch.autograd.grad`` turns every sequence into a tuple.
+        ``returned`` says that ``value`` is what a caller's function returned, not an argument.
         """
         flat, structure = flatten(caller, name, value)
         if self.single != structure.single:
             wanted = "a Tensor" if self.single else "a sequence or dict of tensors"
-            remedy = " Return its only element." if self.single and len(flat) == 1 else ""
+            verb = "Return" if returned else "Pass"
+            remedy = f" {verb} its only element." if self.single and len(flat) == 1 else ""
             raise TypeError(f"{caller}: {name} must be {wanted}; got {value_name(value)}.{remedy}")
         if (self.keys is None) != (structure.keys is None):
             wanted = "a list or tuple" if self.keys is None else "a dict"
@@ -221,7 +223,7 @@ def max_abs(tensors: Sequence[Tensor]) -> TensorList:
 
 def _total(parts: Sequence[Tensor]) -> Tensor:
     if not parts:
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")
     total = parts[0]
     for part in parts[1:]:
         total = total + part.to(device=total.device, dtype=total.dtype)

@@ -23,8 +23,7 @@ def _define(schema: str, reference: Callable[..., None], check: Callable[..., li
 
     def kernel(*args: Any, **kwargs: Any) -> None:
         written = check(*args, **kwargs)
-        with torch.no_grad():  # as a native kernel: a gradient with a graph must not put the params into it
-            reference(*args, **kwargs)
+        reference(*args, **kwargs)
         torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
 
     def fake(*args: Any, **kwargs: Any) -> None:

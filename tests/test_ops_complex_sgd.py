@@ -307,7 +307,8 @@ def test_a_stale_graph_is_refused(device):
 def test_gradients_with_a_graph_leave_no_graph_on_the_params(device):
     p, b = torch.ones(3, device=device), torch.zeros(3, device=device)
     g = torch.ones(3, device=device, requires_grad=True) * 2
-    step([[p], [g], [b], []], momentum=0.5)
+    with torch.no_grad():
+        step([[p], [g], [b], []], momentum=0.5)
     assert not p.requires_grad and not b.requires_grad and p.grad_fn is None
     assert p.tolist() == pytest.approx([0.8] * 3)
 

@@ -255,7 +255,8 @@ def test_a_stale_graph_is_refused(device):
 
 def test_products_with_a_graph_leave_no_graph_on_the_series(device):
     v, p = torch.ones(3, device=device), torch.zeros(3, device=device)
-    step([[v], [p], [torch.ones(3, device=device, requires_grad=True) * 2]], 0.25)
+    with torch.no_grad():
+        step([[v], [p], [torch.full((3,), 2.0, device=device, requires_grad=True)]], 0.25)
     assert not v.requires_grad and not p.requires_grad
     assert v.tolist() == p.tolist() == [0.5] * 3
 
