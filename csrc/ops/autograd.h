@@ -10,11 +10,15 @@
 
 namespace nestopt::ops {
 
-inline void refuse_derivative(const char* op, const std::string& label, const at::Tensor& t) {
-  TORCH_CHECK_VALUE(!t.requires_grad(), op, ": ", label,
+inline bool has_derivative(const at::Tensor& t) { return t.requires_grad() || t._fw_grad(/*level=*/0).defined(); }
+
+[[noreturn]] inline void refuse_derivative(const c10::OperatorHandle& op, const std::string& label,
+                                           const at::Tensor& t) {
+  const std::string qualified = op.schema().name();
+  const std::string name = qualified.substr(qualified.rfind(':') + 1);
+  TORCH_CHECK_VALUE(!t.requires_grad(), name, ": ", label,
                     " must not require grad while grad mode is on; got one that does. Call under torch.no_grad().");
-  TORCH_CHECK_VALUE(!t._fw_grad(/*level=*/0).defined(), op, ": ", label,
-                    " must not carry a forward-mode tangent; got one that does. Detach it.");
+  TORCH_CHECK_VALUE(false, name, ": ", label, " must not carry a forward-mode tangent; got one that does. Detach it.");
 }
 
 // The kernel for the Autograd key. Passing on would drop the graph, or leave a tangent as it was, without a word.
@@ -22,16 +26,15 @@ inline void refuse_derivatives(const c10::OperatorHandle& op, c10::DispatchKeySe
   if (c10::GradMode::is_enabled()) {
     const auto& arguments = op.schema().arguments();
     const auto values = torch::jit::last(*stack, arguments.size());
-    const std::string qualified = op.schema().name();
-    const std::string name = qualified.substr(qualified.rfind(':') + 1);
     for (size_t a = 0; a < arguments.size(); ++a) {
-      const std::string& label = arguments[a].name();
       if (values[a].isTensor()) {
-        refuse_derivative(name.c_str(), label, values[a].toTensor());
+        const at::Tensor& t = values[a].toTensor();
+        if (has_derivative(t)) refuse_derivative(op, arguments[a].name(), t);
       } else if (values[a].isTensorList()) {
         const auto list = values[a].toListRef();
         for (size_t i = 0; i < list.size(); ++i) {
-          refuse_derivative(name.c_str(), label + "[" + std::to_string(i) + "]", list[i].toTensor());
+          const at::Tensor& t = list[i].toTensor();
+          if (has_derivative(t)) refuse_derivative(op, arguments[a].name() + "[" + std::to_string(i) + "]", t);
         }
       }
     }
