@@ -124,6 +124,19 @@ def test_a_freed_graph_is_named():
         hvp(loss, W, V)
 
 
+def test_params_changed_in_place_since_the_loss_are_named():
+    w = leaf(V)
+    loss = w.pow(3).sum()
+    hessian = Hessian(loss, w)
+    with torch.no_grad():
+        w.mul_(0.5)
+    with pytest.raises(RuntimeError, match=r"^hvp: loss must be computed from the params as they are; got params"):
+        hvp(loss, w, V)
+    with pytest.raises(RuntimeError, match=r"^Hessian: loss must be computed .* call Hessian after such a change"):
+        hessian(V)
+    assert torch.equal(hvp(lambda: w.pow(3).sum(), w, V), 6 * w.detach() * V)
+
+
 def test_attention_without_second_derivative_is_named_and_the_way_out_works():
     q = leaf(torch.randn(1, 2, 8, 16, generator=torch.Generator().manual_seed(0)))
     fused = F.scaled_dot_product_attention(q, q, q).square().sum()

@@ -178,6 +178,10 @@ def test_curvature_sees_the_structure_of_params_and_its_faults_are_named():
         ValueError, match=r"^hypergradient: curvature\(v\)\['weight'\] must have shape \(1, 5\); got \(5,\)"
     ):
         hypergradient(*problem.losses(), problem.params, problem.hparams, solver=Neumann(2, 0.1), curvature=wrong)
+    w, h = leaf(torch.ones((), dtype=F64)), leaf(torch.ones((), dtype=F64))
+    loss = w**2 - h * w
+    with pytest.raises(TypeError, match=r"^Hessian: v must be a Tensor; got list\. Pass its only element\.$"):
+        hypergradient(loss, loss, [w], h, curvature=Hessian(loss, w))
     with pytest.raises(TypeError, match=r"^hypergradient: curvature must be None or a callable"):
         hypergradient(*problem.losses(), problem.params, problem.hparams, curvature="ggn")
 
@@ -410,6 +414,52 @@ def test_graphs_handed_in_stay_alive():
     second = hypergradient(outer, inner, problem.params, problem.hparams)
     assert torch.equal(first[0], second[0])
     (outer + inner).backward()
+
+
+@pytest.mark.parametrize("stale", ["outer_loss", "inner_loss"])
+def test_params_changed_in_place_since_the_losses_are_named(stale):
+    problem = scalar()
+    losses = dict(zip(["outer_loss", "inner_loss"], problem.closures(), strict=True))
+    losses[stale] = losses[stale]()
+    optimizer = torch.optim.SGD(values(problem.params), lr=0.1)
+    for param in values(problem.params):
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    with pytest.raises(RuntimeError) as error:
+        hypergradient(losses["outer_loss"], losses["inner_loss"], problem.params, problem.hparams)
+    assert str(error.value) == (
+        f"hypergradient: {stale} must be computed from the params as they are; got params, or another tensor it uses,"
+        " changed in place since. Compute it and call hypergradient after such a change (an optimizer step is one), or"
+        " pass a closure."
+    )
+    hypergradient(*problem.closures(), problem.params, problem.hparams, solver=Identity())
+
+
+def test_params_changed_in_place_between_best_response_and_backward_are_named():
+    w, h = leaf(torch.tensor(1.5, dtype=F64)), leaf(torch.tensor(1.0, dtype=F64))
+    best = best_response(w**4 - h * w, w, h)
+    with torch.no_grad():
+        w.sub_(0.1)
+    with pytest.raises(RuntimeError, match=r"^best_response: inner_loss must be .* call best_response after such a"):
+        best.square().backward()
+
+
+def test_the_default_device_does_not_matter():
+    problem = ridge()
+    outer, inner = problem.losses()
+
+    def both():
+        best = best_response(inner, problem.params, problem.hparams)
+        through = torch.autograd.grad([b.sum() for b in values(best)], values(problem.hparams))
+        return [*hypergradient(outer, inner, problem.params, problem.hparams), *through]
+
+    wanted = both()
+    torch.set_default_device("meta")
+    try:
+        found = both()
+    finally:
+        torch.set_default_device(None)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def test_works_with_grad_mode_off():

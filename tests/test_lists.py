@@ -66,7 +66,7 @@ def test_match_takes_keys_in_any_order_and_any_sequence():
 @pytest.mark.parametrize(
     ("like", "value", "kind", "message"),
     [
-        (A, (A,), TypeError, "f: w must be a Tensor; got tuple. Return its only element."),
+        (A, (A,), TypeError, "f: w must be a Tensor; got tuple. Pass its only element."),
         ([A], A, TypeError, "f: w must be a sequence or dict of tensors; got Tensor."),
         ([A, B], [A], ValueError, "f: w must have 2 tensors; got 1."),
         ([A], {"a": A}, TypeError, "f: w must be a list or tuple of tensors; got dict."),
@@ -80,6 +80,12 @@ def test_match_refuses_by_name(like, value, kind, message):
     assert str(error.value) == message
 
 
+def test_match_tells_an_argument_from_a_result():
+    with pytest.raises(TypeError) as error:
+        _lists.flatten("f", "v", A)[1].match("f", "w", [A], returned=True)
+    assert str(error.value) == "f: w must be a Tensor; got list. Return its only element."
+
+
 def test_algebra():
     a = [torch.tensor([3.0, 0.0]), torch.tensor(4.0, dtype=torch.float64), torch.empty(0)]
     assert float(_lists.norm(a)) == 5.0
@@ -88,6 +94,11 @@ def test_algebra():
     assert [float(t) for t in _lists.max_abs(a)] == [4.0]
     assert [t.dtype for t in _lists.zeros_like(a)] == [t.dtype for t in a]
     assert float(_lists.norm([])) == 0.0 and float(_lists.dot([], [])) == 0.0 and _lists.max_abs([]) == []
+
+
+def test_the_norm_of_nothing_is_on_the_cpu_whatever_the_default_device():
+    with torch.device("meta"):
+        assert float(_lists.norm([])) == 0 == float(_lists.dot([], []))
 
 
 def test_norm_does_not_overflow_where_the_squares_would():

@@ -3,7 +3,7 @@ from collections import namedtuple
 
 import pytest
 import torch
-from cases import F64, flat, normal, relative_error, ridge, spd
+from cases import F64, flat, normal, relative_error, ridge, spd, values
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nestopt_ext
@@ -343,6 +343,15 @@ def test_three_growing_terms_are_divergence_even_below_the_first():
     assert solve(lambda x: diagonal * x, v, Neumann(2, 0.99)).status is Status.max_terms
 
 
+def test_terms_that_grow_and_then_end_have_converged():
+    nilpotent = torch.tensor([[0.0, -3.0], [0.0, 0.0]], dtype=F64)
+    v = torch.tensor([0.0, 1.0], dtype=F64)
+    solution = solve(lambda x: x + nilpotent @ x, v, Neumann(num_terms=1, alpha=1.0))
+    assert solution.value.tolist() == [3.0, 1.0]
+    assert float(solution.residual_norm) == 0
+    assert solution.status is Status.converged
+
+
 def test_the_warning_estimates_the_spectral_radius():
     with pytest.warns(RuntimeWarning, match=r"num_terms=10, alpha=2, damping=0.5\).* got about 4\."):
         neumann_ihvp(lambda v: 2 * v, V, num_terms=10, alpha=2.0, damping=0.5)
@@ -421,10 +430,27 @@ def test_one_wait_for_the_device_per_solve(monkeypatch):
     assert float(alpha) == 0.5
 
 
+@pytest.mark.parametrize("v", [V, V.bfloat16(), [V, torch.zeros(0)], []], ids=["one", "narrow", "empty", "none"])
+@pytest.mark.parametrize("solver", [Neumann(3, 0.5), Neumann(3), Identity(0.5)], ids=["number", "auto", "identity"])
+def test_the_default_device_does_not_matter(solver, v):
+    wanted = solve(lambda x: x, v, solver)
+    torch.set_default_device("meta")
+    try:
+        found = solve(lambda x: x, v, solver)
+        if isinstance(solver, Neumann):
+            neumann_ihvp(lambda x: x, v, num_terms=3, alpha=solver.alpha)
+    finally:
+        torch.set_default_device(None)
+    assert all(torch.equal(a, b) for a, b in zip(values(found.value), values(wanted.value), strict=True))
+    assert torch.equal(found.residual_norm, wanted.residual_norm)
+    assert found.status is wanted.status
+
+
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
 BAD_OPTIONS = [
     ({"num_terms": -1}, ValueError, "num_terms must be >= 0; got -1"),
+    ({"num_terms": 10**14}, ValueError, "num_terms must be <= 10000000; got 100000000000000"),
     ({"num_terms": 2.0}, TypeError, "num_terms must be an int; got 2.0"),
     ({"num_terms": True}, TypeError, "num_terms must be an int; got True"),
     ({"num_terms": "3"}, TypeError, "num_terms must be an int; got '3'"),

@@ -53,6 +53,12 @@ def named_faults(caller: str, name: str) -> Iterator[None]:
                 f"{caller}: {name} must still have its graph; got one that was freed by an earlier backward pass."
                 " Keep it with retain_graph=True, or pass a closure."
             ) from error
+        if "modified by an inplace operation" in text:
+            raise RuntimeError(
+                f"{caller}: {name} must be computed from the params as they are; got params, or another tensor it uses,"
+                f" changed in place since. Compute it and call {caller} after such a change (an optimizer step is one),"
+                " or pass a closure."
+            ) from error
         for sign, operation, remedy in _NO_SECOND_DERIVATIVE:
             if sign in text:
                 raise RuntimeError(

@@ -28,11 +28,12 @@ def hypergradient(
     with w = ``params``, lambda = ``hparams``, L_T = ``inner_loss``, L_V = ``outer_loss`` and A the ``curvature``. It is
     exact where w minimizes L_T, A is the Hessian of L_T, and ``solver`` inverts it.
 
-    Losses are scalar tensors with a graph, whose graphs stay alive, or zero-argument closures that return one, each
-    called once; both give the same numbers. ``params`` and ``hparams`` are a Tensor, list, tuple or dict of float32,
-    float64, bfloat16 or float16 tensors that require grad; ``hparams`` may be of any number and size and need not be
-    leaves. ``solver`` is :class:`Neumann` or :class:`Identity` with its options. ``curvature`` is None for the Hessian
-    of ``inner_loss``, or any callable that returns A times tensors like ``params``.
+    Losses are scalar tensors with a graph, computed from the params as they are now, whose graphs stay alive, or
+    zero-argument closures that return one, each called once; both give the same numbers. ``params`` and ``hparams`` are
+    a Tensor, list, tuple or dict of float32, float64, bfloat16 or float16 tensors that require grad; ``hparams`` may be
+    of any number and size and need not be leaves. ``solver`` is :class:`Neumann` or :class:`Identity` with its options.
+    ``curvature`` is None for the Hessian of ``inner_loss``, or any callable that returns A times tensors like
+    ``params``.
 
     Returns a tuple, one new tensor without graph for each of ``hparams`` in order; zeros for one that no loss uses.
     Nothing is modified: not the params, not any ``.grad``, and of what a closure does, random state on CPU and CUDA and
@@ -41,7 +42,8 @@ def hypergradient(
 
     A series that diverges or meets NaN or Inf gives one RuntimeWarning, and the numbers as they are. Raises TypeError
     or ValueError for bad arguments (a loss without a graph, a param that does not require grad, hparams that neither
-    loss uses), and RuntimeError, with the way out, where PyTorch has no second derivative or a graph was freed.
+    loss uses), and RuntimeError, with the way out, where PyTorch has no second derivative, a graph was freed, or what
+    it uses was changed in place since.
 
     Source: Lorraine, Vicol, Duvenaud, Optimizing millions of hyperparameters by implicit differentiation (2020). Here
     the inverse carries its factor alpha, and the implicit part is subtracted from the direct one.

@@ -7,12 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: Above this a number of terms is a slip: the squared norm of every term is kept, and each costs a product.
+MOST_TERMS = 10**7
+
 
 def check_num_terms(caller: str, num_terms: Any) -> None:
     if isinstance(num_terms, bool) or not isinstance(num_terms, Integral):
         raise TypeError(f"{caller}: num_terms must be an int; got {num_terms!r}.")
     if num_terms < 0:
         raise ValueError(f"{caller}: num_terms must be >= 0; got {num_terms}. It counts products; 0 gives alpha * v.")
+    if int(num_terms) > MOST_TERMS:
+        raise ValueError(
+            f"{caller}: num_terms must be <= {MOST_TERMS}; got {num_terms}."
+            " It counts products; a series that needs as many needs damping."
+        )
 
 
 def check_damping(caller: str, damping: Any) -> None:
@@ -49,9 +57,9 @@ def check_alpha_value(caller: str, alpha: float) -> None:
 
 
 def alpha_tensor(alpha: Any) -> Tensor:
-    """A checked number or 0-dim tensor, as a 0-dim tensor that the fused op takes."""
+    """A checked number or 0-dim tensor, as a 0-dim tensor that the fused op takes; a number becomes one on the CPU."""
     if not isinstance(alpha, Tensor):
-        return torch.tensor(float(alpha), dtype=torch.float64)
+        return torch.tensor(float(alpha), dtype=torch.float64, device="cpu")
     return alpha.detach().to(torch.promote_types(alpha.dtype, torch.float32))
 
 

@@ -70,9 +70,9 @@ def judge(
 def _status(residuals: list[float], peaks: list[float], norms: list[float]) -> Status:
     if not all(map(math.isfinite, [*residuals[:1], *peaks])) or any(map(math.isnan, norms)):
         return Status.non_finite
-    if _grows(norms):
-        return Status.diverged
-    return Status.converged if residuals and residuals[0] <= residuals[1] else Status.max_terms
+    if residuals and residuals[0] <= residuals[1]:  # before growth: the terms of a nilpotent I - alpha A grow, then end
+        return Status.converged
+    return Status.diverged if _grows(norms) else Status.max_terms
 
 
 def _grows(norms: list[float]) -> bool:

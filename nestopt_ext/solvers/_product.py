@@ -36,7 +36,7 @@ class Product:
         returned: Any = self._matvec(self._structure.pack(handed))
         self.count += 1
         name = f"{self._name}(v)"
-        flat = self._structure.match(self._caller, name, returned)
+        flat = self._structure.match(self._caller, name, returned, returned=True)
         _lists.check_like(self._caller, self._structure.labels(name), flat, self._like)
         for label, tensor, version in zip(self._structure.labels("v"), handed, versions, strict=True):
             if tensor._version != version:

@@ -2,7 +2,7 @@
 
 import torch
 
-from .. import _lists
+from .. import _lists, _reference
 from .._types import MatVec, SameTensors, TensorList
 from ._outcome import Outcome, Solver, judge, warn
 from ._product import Product
@@ -19,10 +19,10 @@ def solve(matvec: MatVec, v: SameTensors, solver: Solver) -> Solution[SameTensor
     :math:`\delta` among them.
 
     The residual is the true one, v - (A + damping I) x, at the price of one product, which is counted. The status is
-    ``non_finite`` when x or the residual holds NaN or Inf; ``diverged`` when the terms of a series grow; ``converged``
-    when the norm of the residual is at rounding level, which is 64 eps of the dtype (2 eps in 16 bits) times
-    |v| + |x| / alpha, the normwise backward error with 1/alpha for the size of A, but at most |v| / 10; else
-    ``max_terms``. None of these raises or warns.
+    ``non_finite`` when x or the residual holds NaN or Inf; ``converged`` when the norm of the residual is at rounding
+    level, which is 64 eps of the dtype (2 eps in 16 bits) times |v| + |x| / alpha, the normwise backward error with
+    1/alpha for the size of A, but at most |v| / 10; ``diverged`` when the terms of a series grow; else ``max_terms``.
+    None of these raises or warns.
 
     Raises TypeError or ValueError when an argument, or what ``matvec`` returns, breaks these rules.
 
@@ -71,6 +71,6 @@ def _residual_norm(product: Product, outcome: Outcome, v: TensorList) -> torch.T
     """The norm of v - (A + damping I) x, a 0-dim tensor that is not waited for."""
     residual = product(outcome.value)
     for i, (right, x) in enumerate(zip(v, outcome.value, strict=True)):
-        shifted = residual[i].to(torch.promote_types(right.dtype, torch.float32)).add(x, alpha=outcome.damping)
+        shifted = residual[i].to(_reference.opmath(right.dtype)).add(x, alpha=outcome.damping)
         residual[i] = shifted.sub_(right.detach())
     return _lists.norm(residual)

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .. import _lists, _ops
+from .. import _lists, _ops, _reference
 from .._types import MatVec, SameTensors, TensorList
 from ._arguments import alpha_tensor, check_alpha, check_damping, check_num_terms
 from ._outcome import Outcome, judge, warn
@@ -126,9 +126,7 @@ def series(
 
 def _working_copy(v: TensorList) -> TensorList:
     """A copy to be updated in place, in the dtype the series is accumulated in."""
-    return [
-        t.detach().to(torch.float32 if t.dtype in (torch.bfloat16, torch.float16) else t.dtype, copy=True) for t in v
-    ]
+    return [t.detach().to(_reference.opmath(t.dtype), copy=True) for t in v]
 
 
 def _sq_norm_history(term: TensorList, positions: list[int], num_terms: int) -> Tensor:
