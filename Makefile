@@ -32,6 +32,7 @@ CPP_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@echo "Variables: TORCH=$(TORCH) TORCH_INDEX= PIP_ARGS= ARGS=; VENV= uses the active environment and installs nothing."
 
 run: build  ## The main job: one weight decay per weight of a network, tuned on real data (ARGS="--help" for options)
 	@$(SAY) "python -m nestopt_ext tune $(ARGS)"
@@ -59,7 +60,7 @@ format: $(READY_LINT)  ## Rewrites the sources in the house's format
 
 build: $(READY)  ## The native library, in place; falls back to pure PyTorch, and says so, where it cannot be compiled
 	@$(SAY) "building the native library"
-	@$(PY) setup.py -q build_ext --inplace
+	@mkdir -p build && $(PY) setup.py -q build_ext --inplace > build/build.log 2>&1 || { cat build/build.log; exit 1; }
 	@$(PY) -c "import nestopt_ext; print(nestopt_ext.native_status())"
 
 gpu-check:  ## On a machine with an NVIDIA GPU: build, test, compute-sanitizer, benchmarks; in the active environment

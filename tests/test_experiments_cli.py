@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +70,11 @@ def test_info_for_people_and_for_programs(capsys):
         (["tune", "--label-noise", "nan"], "--label-noise"),
         (["tune", "--device", "abacus"], "--device"),
         (["tune", "--device", "cuda:99"], "--device"),
+        (["tune", "--device", "meta"], "--device"),
+        (["tune", "--threads", "1000000000"], "--threads must be <= 4096"),
+        (["tune", "--num-terms", "1000000000"], "--num-terms"),
+        (["tune", "--width", str(2**70)], "--width must be below"),
+        (["tune", "--width", "1000000000000000"], "--width 1000000000000000"),
         (["tune", "--data", "mnist"], "--data-dir"),
         (["tune", "--data", "mnist", "--data-dir", "/nonexistent"], "yann.lecun.com"),
         (["tune", "--train-size", "1700"], "--train-size"),
@@ -102,6 +108,155 @@ def test_output_with_a_run_in_it_is_not_overwritten_unasked(tmp_path, capsys, mo
     assert "--overwrite" in capsys.readouterr().err and (tmp_path / "o" / "log.jsonl").read_bytes() == first
     assert run("tune", *SMALL, "--output", "o", "--overwrite", "--seed", "1") == 0
     assert (tmp_path / "o" / "log.jsonl").read_bytes() != first
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+LATE_FAULTS = [
+    ["--device", "cuda:99"],
+    ["--data", "mnist"],
+    ["--data", "mnist", "--data-dir", "/nonexistent"],
+    ["--train-size", "1790"],
+    ["--threads", "1000000000"],
+    ["--width", "1000000000000000"],
+]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["log.jsonl", "curves.png", "checkpoint.pt"],
+        ["log.jsonl"],
+        ["notes.txt"],
+        [".hidden"],
+        ["config.json", "log.jsonl"],
+        ["sub/file"],
+    ],
+)
+@pytest.mark.parametrize("extra", [[], ["--overwrite"], ["--device", "cuda:99"]])
+def test_folder_with_foreign_files_is_refused_and_left_alone(tmp_path, capsys, names, extra):
+    folder = tmp_path / "mine"
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text('{"mine": true}')
+    before = content(folder)
+    assert run("tune", *SMALL, "--output", str(folder), *extra) == 2
+    error = capsys.readouterr().err
+    assert str(folder) in error and "left alone" in error and error.count("\n") == 1
+    assert content(folder) == before
+
+
+@pytest.mark.parametrize("fault", LATE_FAULTS)
+def test_fault_leaves_the_disk_as_it_was(tmp_path, capsys, fault):
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "absent/deep"):
+        assert run("tune", *SMALL, "--output", str(tmp_path / name), *fault) == 2
+        assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["empty"]
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "o"
+    assert run("tune", *SMALL, "--output", str(folder)) == 0
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "o"))
+
+
+@pytest.mark.parametrize("fault", LATE_FAULTS)
+def test_overwrite_with_a_fault_keeps_the_finished_run(copied, fault):
+    before = content(copied)
+    assert run("tune", *SMALL, "--output", str(copied), "--overwrite", *fault) == 2
+    assert content(copied) == before
+
+
+def test_overwrite_replaces_the_files_of_the_run_alone(copied):
+    (copied / "notes.txt").write_text("mine")
+    before = content(copied)
+    assert run("tune", *SMALL, "--output", str(copied), "--overwrite", "--seed", "1") == 0
+    after = content(copied)
+    assert after.keys() == before.keys() and after["notes.txt"] == b"mine"
+    assert after["log.jsonl"] != before["log.jsonl"]
+
+
+def test_overwrite_on_a_full_disk_keeps_the_finished_run(copied, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    before = content(copied)
+    monkeypatch.setattr("nestopt_ext.experiments.checkpoint.os.fsync", full)
+    assert run("tune", *SMALL, "--output", str(copied), "--overwrite") == 1
+    assert "No space left" in capsys.readouterr().err and content(copied) == before
+    assert run("tune", *SMALL, "--output", str(copied.parent / "new" / "deep")) == 1
+    assert [p.name for p in copied.parent.iterdir()] == ["o"]  # the folders that the call made are gone
+
+
+def test_overwrite_refuses_a_folder_under_the_name_of_a_file(copied, capsys):
+    (copied / "log.jsonl").unlink()
+    (copied / "log.jsonl").mkdir()
+    before = content(copied)
+    assert run("tune", *SMALL, "--output", str(copied), "--overwrite") == 2
+    assert "log.jsonl" in capsys.readouterr().err and content(copied) == before
+
+
+def test_output_that_is_a_file_is_refused(tmp_path, capsys):
+    (tmp_path / "o").write_text("mine")
+    assert run("tune", *SMALL, "--output", str(tmp_path / "o"), "--overwrite") == 2
+    assert "not a folder" in capsys.readouterr().err and (tmp_path / "o").read_text() == "mine"
+
+
+def test_default_output_passes_by_foreign_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    taken = tmp_path / "runs" / "tune-digits-per-weight-decay-0"
+    taken.mkdir(parents=True)
+    (taken / "log.jsonl").write_text("mine")
+    assert run("tune", *SMALL) == 0
+    assert content(taken) == {"log.jsonl": b"mine"}
+    assert (taken.parent / f"{taken.name}-run2" / "log.jsonl").exists()
+
+
+def test_ctrl_c_before_the_run_began_promises_nothing(tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load_inputs", interrupt)
+    assert run("tune", *SMALL, "--output", str(tmp_path / "o")) == 130
+    assert "--resume" not in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_resume_refuses_a_configuration_that_was_changed(copied, capsys):
+    path = copied / "config.json"
+    path.write_text(path.read_text().replace('"inner_steps": 2', '"inner_steps": 3'))
+    before = content(copied)
+    assert run("tune", "--resume", str(copied)) == 1
+    error = capsys.readouterr().err
+    assert "inner_steps" in error and "checkpoint.pt" in error and error.count("\n") == 1
+    assert content(copied) == before
+
+
+def test_absurd_threads_in_a_configuration_are_refused(copied, capsys):
+    path = copied / "config.json"
+    path.write_text(path.read_text().replace('"threads": 1', '"threads": 1000000000'))
+    assert run("tune", "--resume", str(copied)) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error and "--threads must be <= 4096" in error
+
+
+@pytest.mark.parametrize("tampered", [{"tuned": {}}, {"tuned": 3}, {"log_bytes": -5}])
+def test_tampered_checkpoint_gives_one_line(copied, capsys, tampered):
+    path = copied / "checkpoint.pt"
+    torch.save({**torch.load(path, weights_only=True), **tampered}, path)
+    before = content(copied)
+    assert run("tune", "--resume", str(copied)) == 1
+    error = capsys.readouterr().err
+    assert str(path) in error and next(iter(tampered)) in error and error.count("\n") == 1
+    assert content(copied) == before
 
 
 def test_default_output_never_meets_an_earlier_run(tmp_path, monkeypatch):

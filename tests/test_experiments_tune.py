@@ -1,22 +1,24 @@
 """The tuning run: what it improves, what it writes, and that it continues to the same numbers bit for bit."""
 
+import contextlib
 import dataclasses
 import io
 import json
 import math
 import pickle
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from nestopt_ext.experiments import TuneConfig, checkpoint, config, report, tune
+from nestopt_ext.experiments import TuneConfig, checkpoint, config, data, report, tune
 from nestopt_ext.experiments.checkpoint import CheckpointError
 from nestopt_ext.experiments.config import ConfigError
 from nestopt_ext.experiments.plots import save_picture
 from nestopt_ext.experiments.problems import PerWeightDecay, example_weights
-from nestopt_ext.experiments.tune import Interrupted, TuneError, auc
+from nestopt_ext.experiments.tune import Interrupted, TuneError, auc, load_inputs
 
 pytest.importorskip("sklearn")
 pytest.importorskip("optuna")
@@ -178,11 +180,36 @@ def test_finished_run_is_told_again_without_training(whole):
     assert [m.seconds for m in again.methods] == [m.seconds for m in whole[0].methods]
 
 
-def test_other_data_under_a_checkpoint_is_refused(tmp_path):
+def test_other_data_under_a_checkpoint_is_refused(tmp_path, monkeypatch):
     with pytest.raises(Interrupted):
         tune(TINY, tmp_path, should_stop=StopAfter(3))
+    split = data.make_split
+
+    def other(dataset, train_size, valid_size, label_noise, seed):
+        return split(dataset, train_size, valid_size, label_noise, seed + 1)
+
+    monkeypatch.setattr(data, "make_split", other)
     with pytest.raises(TuneError, match="other data"):
-        tune(dataclasses.replace(TINY, seed=1), tmp_path, resume=True)
+        tune(TINY, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("seed", 1), ("steps", 7), ("inner_lr", 0.2), ("hparams", "per-example-weight"), ("alpha", 0.1)]
+)
+def test_other_configuration_under_a_checkpoint_is_refused_by_name(tmp_path, name, value):
+    with pytest.raises(Interrupted):
+        tune(TINY, tmp_path, should_stop=StopAfter(3))
+    with pytest.raises(TuneError, match=rf"checkpoint\.pt: was made with {name} "):
+        tune(dataclasses.replace(TINY, **{name: value}), tmp_path, resume=True)
+
+
+def test_new_run_replaces_no_files(tmp_path):
+    for name in ("log.jsonl", "checkpoint.pt"):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(TuneError, match="is there already"):
+            tune(TINY, tmp_path)
+        assert (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).unlink()
 
 
 def test_global_random_state_and_threads_are_left_alone():
@@ -227,6 +254,59 @@ def test_checkpoint_of_another_version_or_kind_is_refused(tmp_path):
             checkpoint.load(path, 1)
     with pytest.raises(CheckpointError, match="no such file"):
         checkpoint.load(tmp_path / "absent.pt", 1)
+
+
+def changes(value, path=()):
+    """Every place in a tree of dicts and lists, with values there that do not belong."""
+    for wrong in (None, 3, -5, 2.5, "x", [], {}, {"x": 1}, torch.ones(2, 3, 7, dtype=torch.int8)):
+        yield path, wrong
+    if isinstance(value, dict):
+        for key in value:
+            yield from changes(value[key], (*path, key))
+    elif isinstance(value, list) and value:
+        yield from changes(value[0], (*path, 0))
+
+
+def changed(value, path, wrong):
+    if not path:
+        return wrong
+    copy = list(value) if isinstance(value, list) else type(value)(value)
+    copy[path[0]] = changed(value[path[0]], path[1:], wrong)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("setting", "stop"),
+    [(TINY, 2), (TINY, 14), (TINY, 29), (dataclasses.replace(WEIGHTS, inner_optimizer="adam"), 29), (TINY, 0)],
+)
+def test_ill_typed_checkpoint_is_refused_in_one_line_or_harmless(tmp_path, monkeypatch, setting, stop):
+    setting = dataclasses.replace(setting, steps=6)
+    with contextlib.suppress(Interrupted):
+        tune(setting, tmp_path, should_stop=StopAfter(stop))
+    state = checkpoint.load(tmp_path / "checkpoint.pt", 2)
+    log, inputs, refused = (tmp_path / "log.jsonl").read_bytes(), load_inputs(setting), 0
+    for path, wrong in changes(state):
+        (tmp_path / "log.jsonl").write_bytes(log)
+        (tmp_path / "checkpoint.pt").unlink()
+        torch.save(changed(state, path, wrong), tmp_path / "checkpoint.pt")
+        try:
+            with contextlib.suppress(Interrupted):
+                tune(setting, tmp_path, inputs=inputs, resume=True, should_stop=lambda: True)
+        except (CheckpointError, TuneError) as error:
+            refused += 1
+            assert str(error).startswith(str(tmp_path / "checkpoint.pt")) and "\n" not in str(error)
+    assert refused > 100
+
+
+@pytest.mark.parametrize(
+    "dropped", ["version", "config", "data", "log_bytes", "finished", "trials", "tuned", "pending"]
+)
+def test_checkpoint_without_a_part_is_refused(tmp_path, whole, dropped):
+    shutil.copytree(whole[1], tmp_path, dirs_exist_ok=True)
+    state = checkpoint.load(tmp_path / "checkpoint.pt", 2)
+    torch.save({key: value for key, value in state.items() if key != dropped}, tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: "):
+        tune(TINY, tmp_path, resume=True)
 
 
 def test_checkpoint_cannot_execute_code(tmp_path):
@@ -346,6 +426,9 @@ def test_missing_optuna_skips_that_baseline_with_the_reason(monkeypatch):
         ({"alpha": -1.0}, "--alpha"),
         ({"seed": 2**32}, "--seed"),
         ({"steps": True}, "--steps"),
+        ({"threads": 4097}, "--threads must be <= 4096"),
+        ({"num_terms": 10**9}, "--num-terms"),
+        ({"width": 2**63}, "--width must be below"),
     ],
 )
 def test_bad_choice_is_refused_by_name(choice, message):
@@ -356,7 +439,8 @@ def test_bad_choice_is_refused_by_name(choice, message):
 def test_config_survives_json():
     resolved = WEIGHTS.resolved()
     assert TuneConfig.from_json(resolved.to_json(), Path("c.json")) == resolved
-    for text in ("", "{}", "[]", resolved.to_json().replace('"steps": 6', '"steps": "6"')):
+    huge = resolved.to_json().replace('"label_noise": 0.4', f'"label_noise": {10**400}')
+    for text in ("", "{}", "[]", "[" * 10**5, huge, resolved.to_json().replace('"steps": 6', '"steps": "6"')):
         with pytest.raises(ConfigError, match=r"c\.json"):
             TuneConfig.from_json(text, Path("c.json"))
 

@@ -215,8 +215,8 @@ void ListCheck::following(const char* name, const TensorRefs& tensors, DtypeRule
 
 void ListCheck::following_or_empty(const char* name, const TensorRefs& tensors, DtypeRule rule, bool needed,
                                    const char* needed_while) {
-  TORCH_CHECK_VALUE(!tensors.empty() || !needed || leader_.size() == 0, op_, ": ", name, " must have the length of ", leader_.name, ", ",
-                    leader_.size(), ", while ", needed_while, "; got 0.");
+  TORCH_CHECK_VALUE(!tensors.empty() || !needed || leader_.size() == 0, op_, ": ", name, " must have the length of ",
+                    leader_.name, ", ", leader_.size(), ", while ", needed_while, "; got 0.");
   if (!tensors.empty()) following(name, tensors, rule, true);
 }
 

@@ -46,6 +46,7 @@ The inner optimum is followed, not reached; see `nestopt_ext.experiments.trainin
 """
 
 from .config import ConfigError, TuneConfig
-from .tune import MethodResult, TuneResult, tune
+from .results import MethodResult
+from .tune import TuneResult, tune
 
 __all__ = ["ConfigError", "MethodResult", "TuneConfig", "TuneResult", "tune"]

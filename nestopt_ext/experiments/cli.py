@@ -1,7 +1,6 @@
 """The command line: `python -m nestopt_ext tune` and `python -m nestopt_ext info`."""
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import signal
@@ -12,15 +11,15 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from . import config as choices
-from . import data, info
-from .checkpoint import CheckpointError, write_atomically
+from . import data, info, run_folder
+from .checkpoint import CheckpointError
 from .config import ConfigError, TuneConfig
 from .formats import FormatError
 from .plots import save_picture
 from .report import ProgressBar, print_table
-from .tune import Interrupted, TuneError, TuneResult, tune
+from .run_folder import FolderError
+from .tune import Inputs, Interrupted, TuneError, TuneResult, load_inputs, tune
 
-_CONFIG, _PICTURE = "config.json", "curves.png"
 #: What --quick sets where nothing else is said: a look at the whole path in a few seconds, not a result.
 _QUICK = {"steps": 40, "trials": 4, "train_size": 150, "valid_size": 150, "width": 16}
 
@@ -148,36 +147,40 @@ def _info(*, as_json: bool) -> int:
 
 
 def _tune(typed: dict[str, Any]) -> int:
-    folder: Path | None = None
-    resume = False
+    begun: Path | None = None
     try:
-        config, folder, resume = _prepare(typed)
-        return _run(config, folder, resume=resume)
-    except (ConfigError, UsageError, data.DataError, FormatError) as error:
-        if folder is not None and not resume:
-            _forget(folder)
+        job = _prepare(typed)
+        # The folder is touched when nothing is left that the caller could have got wrong.
+        inputs = load_inputs(job.config)
+        if not job.resume:
+            run_folder.begin(job.folder, job.config, overwrite=job.overwrite)
+        begun = job.folder
+        return _run(job, inputs)
+    except (ConfigError, UsageError, FolderError, data.DataError, FormatError) as error:
         return _fail(error, 2)
     except (CheckpointError, TuneError) as error:
         return _fail(error, 1)
     except OSError as error:
-        return _fail(f"{error.filename or folder}: {error.strerror or error}", 1)
+        place = error.filename or begun
+        return _fail(f"{place}: {error.strerror or error}" if place else error, 1)
     except KeyboardInterrupt:
-        return _interrupted(folder, signal.SIGINT)
+        return _interrupted(begun, signal.SIGINT)
 
 
-def _run(config: TuneConfig, folder: Path, *, resume: bool) -> int:
+def _run(job: "_Job", inputs: Inputs) -> int:
+    config, folder = job.config, job.folder
     total = config.steps * (3 + config.trials)
     bar = ProgressBar(total)
     with _StopRequest() as stop:
         try:
-            result = tune(config, folder, resume=resume, should_stop=stop.asked, progress=bar)
+            result = tune(config, folder, inputs=inputs, resume=job.resume, should_stop=stop.asked, progress=bar)
         except Interrupted:
             bar.close()
             return _interrupted(folder, stop.number)
         finally:
             bar.close()
     print_table(result)
-    _picture(folder / _PICTURE, result)
+    _picture(folder / run_folder.PICTURE, result)
     print(f"Log, checkpoint and picture: {folder}")
     return 0
 
@@ -191,44 +194,37 @@ def _picture(path: Path, result: TuneResult) -> None:
         )
 
 
-def _prepare(typed: dict[str, Any]) -> tuple[TuneConfig, Path, bool]:
-    """The configuration, the folder it is stored in, and whether a run is continued there."""
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """A run to make in ``folder``, or to continue there."""
+
+    config: TuneConfig
+    folder: Path
+    resume: bool = False
+    overwrite: bool = False
+
+
+def _prepare(typed: dict[str, Any]) -> _Job:
+    """What was asked for, with the arguments and the folder checked and nothing touched."""
     resume, output = typed.pop("resume", None), typed.pop("output", None)
     quick, overwrite = typed.pop("quick", False), typed.pop("overwrite", False)
     if resume is not None:
         for name, given in (("--output", output), ("--quick", quick), ("--overwrite", overwrite)):
             if given:
                 raise UsageError(f"--resume continues a run as it was started; {name} cannot be given with it.")
-        return _stored(Path(resume), typed), Path(resume), True
+        return _Job(_stored(Path(resume), typed), Path(resume), resume=True)
     config = TuneConfig(**({**_QUICK, **typed} if quick else typed)).resolved()
     folder = Path(output) if output is not None else _free_folder(config)
-    if (folder / _CONFIG).exists() and not overwrite:
-        raise UsageError(
-            f"--output {folder} holds a run. Continue it: --resume {folder}; start anew in it: --overwrite."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("checkpoint.pt", "log.jsonl", _PICTURE):
-        (folder / name).unlink(missing_ok=True)
-    write_atomically(folder / _CONFIG, config.to_json().encode())
-    return config, folder, False
-
-
-def _forget(folder: Path) -> None:
-    """Takes back the folder of a run that never began, as far as it is empty."""
-    with contextlib.suppress(OSError):
-        (folder / _CONFIG).unlink(missing_ok=True)
-        (folder / "log.jsonl").unlink(missing_ok=True)
-        folder.rmdir()
+    run_folder.check_usable(folder, overwrite=overwrite)
+    return _Job(config, folder, overwrite=overwrite)
 
 
 def _stored(folder: Path, typed: dict[str, Any]) -> TuneConfig:
     """The configuration of the run in ``folder``; what was typed must agree with it, but the data may have moved."""
-    path = folder / _CONFIG
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--resume {folder}: {_CONFIG} cannot be read; there is no run to continue.") from error
-    config = TuneConfig.from_json(text, path)
+        config = run_folder.stored_config(folder)
+    except FolderError as error:
+        raise UsageError(f"--resume {error} There is no run to continue.") from error
     moved = {"data_dir": typed.pop("data_dir")} if "data_dir" in typed else {}
     for name, value in typed.items():
         if value != getattr(config, name):
@@ -238,10 +234,10 @@ def _stored(folder: Path, typed: dict[str, Any]) -> TuneConfig:
 
 
 def _free_folder(config: TuneConfig) -> Path:
-    """The default folder, with a number behind its name when earlier runs are there."""
+    """The default folder, with a number behind its name when something is there."""
     name = f"tune-{config.data}-{config.hparams}-{config.seed}"
     folder, number = Path("runs") / name, 1
-    while (folder / _CONFIG).exists():
+    while not run_folder.is_free(folder):
         number += 1
         folder = Path("runs") / f"{name}-run{number}"
     return folder
@@ -253,7 +249,9 @@ def _fail(error: object, code: int) -> int:
 
 
 def _interrupted(folder: Path | None, number: int) -> int:
-    if folder is not None:
+    if folder is None:
+        print("Interrupted before the run began.", file=sys.stderr)
+    else:
         print(f"Interrupted. Continue with: python -m nestopt_ext tune --resume {folder}", file=sys.stderr)
     return 128 + number
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..solvers import Neumann
 from . import data
 
 HPARAMS = ("per-weight-decay", "per-example-weight")
@@ -24,6 +25,8 @@ _CNN_INNER_LR = {"sgd": 0.02, "adam": 0.003, "complex-sgd": 0.1}
 #: Logarithms of decays are kept in this interval: below it a decay does nothing, above it the weight is zero anyway and
 #: the training with a fixed step would become unstable.
 LOG_DECAY_RANGE = (-16.0, 0.0)
+#: Above this the OpenMP library ends the process instead of refusing.
+MOST_THREADS = 4096
 
 
 class ConfigError(ValueError):
@@ -97,7 +100,7 @@ class TuneConfig:
             if not isinstance(values, dict) or set(values) != known:
                 raise ValueError("its keys are not those of a tuning run")
             return TuneConfig(**values).resolved()
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ConfigError(f"{where} is not the configuration of a tuning run: {error}") from error
 
     def _defaults(self) -> dict[str, Any]:
@@ -127,6 +130,12 @@ class TuneConfig:
             _whole(name, getattr(self, name), 1)
         for name in ("warmup", "batch_size", "num_terms", "trials", "seed"):
             _whole(name, getattr(self, name), 0)
+        if isinstance(self.threads, int) and self.threads > MOST_THREADS:
+            raise ConfigError(f"--threads must be <= {MOST_THREADS}; got {self.threads}.")
+        try:
+            Neumann(num_terms=self.num_terms)
+        except ValueError as error:
+            raise ConfigError(f"--num-terms {self.num_terms} is too many: {error}") from error
         if self.seed >= 2**32:
             raise ConfigError(f"--seed must be below 2**32; got {self.seed}.")
         for name in ("inner_lr", "hyper_lr"):
@@ -157,6 +166,8 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 def _whole(name: str, value: object, least: int) -> None:
     if type(value) is not int or value < least:
         raise ConfigError(f"{_option(name)} must be a whole number >= {least}; got {value!r}.")
+    if value >= 2**63:
+        raise ConfigError(f"{_option(name)} must be below 2**63; got {value}.")
 
 
 def _number(name: str, value: object) -> float:

@@ -10,7 +10,8 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .tune import MethodResult, TuneResult
+    from .results import MethodResult
+    from .tune import TuneResult
 
 LABELS = {
     "no-decay": "no decay",

@@ -10,7 +10,7 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import torch
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from ..hypergrad import hypergradient
 from ..optim import ComplexSGD
 from ..solvers import Identity, Neumann
-from . import resources
+from . import contents, resources
 from .config import TuneConfig
 from .data import Part, Split
 from .problems import Problem, cross_entropy
+from .results import Scores
 
 _T = TypeVar("_T")
 #: Points of a learning curve.
@@ -33,18 +34,6 @@ _EVALUATION_BATCH = 4096
 
 class TrainingDiverged(RuntimeError):
     """A loss or a hypergradient stopped being finite."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Cross-entropy without any weight or decay, and the share of right answers, on the three parts."""
-
-    train_loss: float
-    train_accuracy: float
-    valid_loss: float
-    valid_accuracy: float
-    test_loss: float
-    test_accuracy: float
 
 
 class Training:
@@ -68,9 +57,7 @@ class Training:
         self.problem = problem
         self.params = list(model.parameters())
         self.optimizer = _inner_optimizer(config, self.params)
-        self.hyper_optimizer = (
-            torch.optim.RMSprop(problem.hparams, lr=_known(config.hyper_lr)) if problem.hparams else None
-        )
+        self.hyper_optimizer = _hyper_optimizer(config, problem.hparams) if problem.hparams else None
         self.solver = _solver(config)
         self.inner_part = inner_part or split.train
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -137,13 +124,12 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what `state_dict` gave. Raises KeyError, ValueError or RuntimeError when it does not fit."""
+        """Takes over what `state_dict` gave. Raises ValueError or RuntimeError, and changes nothing, if it is unfit."""
+        self._check(state)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         with torch.no_grad():
             for h, value in zip(self.problem.hparams, state["hparams"], strict=True):
-                if h.shape != value.shape:
-                    raise ValueError(f"hyperparameters must have shape {tuple(h.shape)}; got {tuple(value.shape)}")
                 h.copy_(value)
         if self.hyper_optimizer is not None:
             self.hyper_optimizer.load_state_dict(state["hyper_optimizer"])
@@ -154,6 +140,29 @@ class Training:
         self.seconds = float(state["seconds"])
         self.peak_mib = float(state["peak_mib"])
         self.diverged_solves = int(state["diverged_solves"])
+
+    def _check(self, state: dict[str, Any]) -> None:
+        """Requires of ``state`` the structure that a training of these choices has after its first step."""
+        expected = self.state_dict()
+        expected["optimizer"] = _stepped(_inner_optimizer(self.config, _zeros(self.params)))
+        if self.hyper_optimizer is not None and self._moved(state):
+            expected["hyper_optimizer"] = _stepped(_hyper_optimizer(self.config, _zeros(self.problem.hparams)))
+        curve = state.get("points")
+        contents.check_points("points", curve)
+        contents.check_like("state", state, {**expected, "points": curve})
+        if not 1 <= state["step_count"] <= self.config.steps:
+            raise ValueError(f"step_count must be in [1, {self.config.steps}]; got {state['step_count']}")
+        for name in ("optimizer", "hyper_optimizer"):
+            # The options of an optimizer follow from the configuration; another value would train something else.
+            if expected[name] and state[name]["param_groups"] != expected[name]["param_groups"]:
+                raise ValueError(f"{name}['param_groups'] must be those of the configuration")
+        for name in ("generator", "global_rng"):
+            torch.Generator().set_state(state[name])
+
+    def _moved(self, state: dict[str, Any]) -> bool:
+        """Whether the hyperparameters of ``state`` have taken a step, so that their optimizer has a state."""
+        count = state.get("step_count")
+        return isinstance(count, int) and count > _known(self.config.warmup)
 
     def _inner_step(self) -> None:
         part, index = self._draw(self.inner_part)
@@ -208,6 +217,24 @@ def _inner_optimizer(config: TuneConfig, params: Sequence[Tensor]) -> torch.opti
         optimizer: torch.optim.Optimizer = ComplexSGD(params, lr=lr)
         return optimizer
     return torch.optim.SGD(params, lr=lr, momentum=0.9)
+
+
+def _hyper_optimizer(config: TuneConfig, hparams: Sequence[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.RMSprop(hparams, lr=_known(config.hyper_lr))
+
+
+def _zeros(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors as given with a gradient, all of them zero."""
+    zeros = [torch.zeros_like(t, requires_grad=True) for t in tensors]
+    for zero in zeros:
+        zero.grad = torch.zeros_like(zero)
+    return zeros
+
+
+def _stepped(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of ``optimizer`` after a step."""
+    optimizer.step()
+    return optimizer.state_dict()
 
 
 def _solver(config: TuneConfig) -> Neumann | Identity:

@@ -13,26 +13,29 @@ Four models are trained, all from the same start, for the same number of inner s
 What to expect, and what not, is told with figures in the documentation of `nestopt_ext.experiments`.
 """
 
+import contextlib
 import zlib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, data
+from . import checkpoint, contents, data
 from .config import ConfigError, TuneConfig
 from .data import Part, Split
 from .models import build_model
 from .problems import FixedDecay, PerExampleWeight, PerWeightDecay, Problem
 from .report import JsonLog
-from .training import Scores, Training, TrainingDiverged
+from .results import MethodResult
+from .run_folder import CHECKPOINT, LOG
+from .training import Training, TrainingDiverged
 
 #: Logarithms of the global decays that random search draws from.
 SEARCH_RANGE = (-12.0, -1.0)
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 #: Seconds of training between checkpoints; an interrupt writes one at once.
 _CHECKPOINT_SECONDS = 10.0
 
@@ -66,38 +69,6 @@ class _Silent:
 
 
 @dataclass(frozen=True)
-class MethodResult:
-    """One row of the closing table.
-
-    ``points`` is the learning curve, one dict of `Scores` and ``step`` each; the last is the model as it ended.
-    ``auc`` says how well the learned weights separate clean from flipped labels, ``diverged_solves`` in how many
-    hypergradients the Neumann sum grew because the inner loss was not convex there. ``skipped`` is the reason why there
-    is nothing else.
-    """
-
-    method: str
-    num_hparams: int
-    points: list[dict[str, float]] = field(default_factory=list)
-    seconds: float = 0.0
-    peak_mib: float = 0.0
-    log_decay: float | None = None
-    auc: float | None = None
-    diverged_solves: int = 0
-    skipped: str | None = None
-
-    @property
-    def final(self) -> Scores:
-        """Scores after the last step."""
-        return Scores(**{name: value for name, value in self.points[-1].items() if name != "step"})
-
-    @property
-    def stopped_early(self) -> Scores:
-        """Scores at the point of lowest validation loss."""
-        best = min(self.points, key=lambda point: point["valid_loss"])
-        return Scores(**{name: value for name, value in best.items() if name != "step"})
-
-
-@dataclass(frozen=True)
 class TuneResult:
     """What a run found: a row for each method, the tuned hyperparameters on the CPU, the tuned model and the split."""
 
@@ -115,10 +86,41 @@ class TuneResult:
         raise KeyError(name)
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a run needs of the machine: the device, and the split on it."""
+
+    device: torch.device
+    split: Split
+
+
+def load_inputs(config: TuneConfig) -> Inputs:
+    """Checks device, data, split and network of ``config``, and leaves nothing on the disk.
+
+    Raises ConfigError, DataError and FormatError for what the caller can mend.
+    """
+    config = config.resolved()
+    with _threads(config):  # the sums that standardize the pixels may depend on it
+        device = usable_device(config.device)
+        dataset = data.load(config.data, Path(config.data_dir) if config.data_dir else None)
+        train_size, valid_size = config.train_size or 0, config.valid_size or 0
+        split = data.make_split(dataset, train_size, valid_size, config.label_noise, config.seed)
+        try:
+            inputs = Inputs(device, split.to(device))
+            _model(config, inputs)
+        except (RuntimeError, MemoryError) as error:
+            cause = (str(error).strip().splitlines() or ["no reason given"])[0][:120].rstrip(".")
+            raise ConfigError(
+                f"--width {config.width} or the data set is too large for --device {device}: {cause}."
+            ) from error
+    return inputs
+
+
 def tune(
     config: TuneConfig,
     output: Path | None = None,
     *,
+    inputs: Inputs | None = None,
     resume: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
     progress: Progress | None = None,
@@ -127,18 +129,19 @@ def tune(
 
     With ``output``, a folder that exists, the run is logged to ``log.jsonl`` and saved to ``checkpoint.pt`` there; with
     ``resume`` it continues from that checkpoint to the numbers of an uninterrupted run, bit for bit on one machine.
-    ``should_stop`` is asked after every outer step; once it says yes, the run is saved and Interrupted is raised.
+    ``inputs`` are those that `load_inputs` gave for ``config``, where the caller has them already. ``should_stop`` is
+    asked after every outer step; once it says yes, the run is saved and Interrupted is raised.
 
     Raises ConfigError, DataError and FormatError for what the caller can mend, CheckpointError when the checkpoint is
-    damaged, TuneError when a training diverges.
+    damaged, TuneError when a training diverges, when the checkpoint is that of another run, or when ``output`` holds
+    one of the two files and ``resume`` was not asked for.
     """
     config = config.resolved()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.threads or threads)
-    try:
-        return _Run(config, output, resume, should_stop, progress or _Silent()).run()
-    finally:
-        torch.set_num_threads(threads)
+    if output is not None and not resume:
+        _require_room(output)
+    inputs = inputs or load_inputs(config)
+    with _threads(config):
+        return _Run(config, inputs, output, resume, should_stop, progress or _Silent()).run()
 
 
 def auc(scores: Tensor, positive: Tensor) -> float | None:
@@ -161,53 +164,80 @@ def usable_device(name: str) -> torch.device:
     """The device called ``name``. Raises ConfigError when there is none such or it cannot hold a tensor."""
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # the device meta makes tensors, but holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         cause = (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
         raise ConfigError(f"--device must be a device of this machine; got {name!r}: {cause}.") from error
     return device
 
 
+@contextlib.contextmanager
+def _threads(config: TuneConfig) -> Iterator[None]:
+    """The CPU threads of ``config``; those of the process come back afterwards."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads or threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _require_room(output: Path) -> None:
+    """Requires that a new run in ``output`` replaces nothing."""
+    for name in (LOG, CHECKPOINT):
+        if (output / name).exists():
+            raise TuneError(f"{output / name}: is there already. Continue with resume=True, or give another output.")
+
+
+def _model(config: TuneConfig, inputs: Inputs) -> nn.Module:
+    channels, rows, columns = inputs.split.train.x.shape[1:]
+    name, width = config.model or "", config.width or 0
+    model = build_model(name, (channels, rows, columns), len(inputs.split.classes), width, config.seed)
+    return model.to(inputs.device)
+
+
 class _Run:
     """The state of one run: what is finished, what is being trained, and where the log ends."""
 
     def __init__(
-        self, config: TuneConfig, output: Path | None, resume: bool, should_stop: Callable[[], bool], progress: Progress
+        self,
+        config: TuneConfig,
+        inputs: Inputs,
+        output: Path | None,
+        resume: bool,
+        should_stop: Callable[[], bool],
+        progress: Progress,
     ) -> None:
         self.config = config
+        self.inputs = inputs
+        self.split = inputs.split
         self.should_stop = should_stop
         self.progress = progress
-        self.device = usable_device(config.device)
-        dataset = data.load(config.data, Path(config.data_dir) if config.data_dir else None)
-        train_size, valid_size = config.train_size or 0, config.valid_size or 0
-        self.split = data.make_split(dataset, train_size, valid_size, config.label_noise, config.seed).to(self.device)
         self.finished: list[MethodResult] = []
         self.trials: list[dict[str, Any]] = []
         self.tuned: dict[str, Any] = {}
         self.pending: dict[str, Any] = {}
-        self.path = output / "checkpoint.pt" if output else None
+        self.path = output / CHECKPOINT if output else None
         log_bytes = self._load() if resume else 0
-        self.log = JsonLog(output / "log.jsonl" if output else None, log_bytes)
+        self.log = JsonLog(output / LOG if output else None, log_bytes)
         self.saved_at = 0.0
 
     def run(self) -> TuneResult:
         with self.log:
             if not self.log.position:
                 sizes = {"train": len(self.split.train), "valid": len(self.split.valid), "test": len(self.split.test)}
-                config = {k: v for k, v in asdict(self.config).items() if k != "data_dir"}
-                self.log.write("config", **config, examples=sizes)
-            for method, stage in (
-                (NO_DECAY, self._no_decay),
-                (GLOBAL_DECAY, self._search),
-                (REFIT, self._refit),
-                (self.config.hparams, self._implicit),
-            ):
+                self.log.write("config", **_identity(self.config), examples=sizes)
+            stages = (self._no_decay, self._search, self._refit, self._implicit)
+            for method, stage in zip(self._methods(), stages, strict=True):
                 self._finish(method, stage)
         model = self._model()
         model.load_state_dict(self.tuned["model"])
         return TuneResult(self.config, self.finished, list(self.tuned["hparams"]), model, self.split)
 
     # Stages
+
+    def _methods(self) -> list[str]:
+        return [NO_DECAY, GLOBAL_DECAY, REFIT, self.config.hparams]
 
     def _finish(self, method: str, stage: Callable[[], MethodResult]) -> None:
         if any(result.method == method for result in self.finished):
@@ -310,13 +340,8 @@ class _Run:
 
     def _implicit(self) -> MethodResult:
         config = self.config
-        start = config.log_decay if config.log_decay is not None else 0.0
         model = self._model()
-        problem: Problem
-        if config.hparams == "per-weight-decay":
-            problem = PerWeightDecay(model, start)
-        else:
-            problem = PerExampleWeight(len(self.split.train), start, self.device)
+        problem = self._problem(model)
         training = Training(config, self.split, model, problem)
         self._train(config.hparams, training, config.hparams)
         hparams = [h.detach().cpu() for h in problem.hparams]
@@ -327,11 +352,14 @@ class _Run:
     # One training
 
     def _model(self) -> nn.Module:
-        channels, rows, columns = self.split.train.x.shape[1:]
-        name, width = self.config.model or "", self.config.width or 0
-        return build_model(name, (channels, rows, columns), len(self.split.classes), width, self.config.seed).to(
-            self.device
-        )
+        return _model(self.config, self.inputs)
+
+    def _problem(self, model: nn.Module) -> Problem:
+        """The problem whose hyperparameters are tuned, as it starts."""
+        start = self.config.log_decay if self.config.log_decay is not None else 0.0
+        if self.config.hparams == "per-weight-decay":
+            return PerWeightDecay(model, start)
+        return PerExampleWeight(len(self.split.train), start, self.inputs.device)
 
     def _training(self, problem: Problem, inner_part: Part | None = None) -> Training:
         return Training(self.config, self.split, self._model(), problem, inner_part=inner_part)
@@ -341,7 +369,7 @@ class _Run:
         if self.pending.get("key") == key:
             try:
                 training.load_state_dict(self.pending["state"])
-            except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            except (ValueError, RuntimeError) as error:
                 cause = " ".join(str(error).split())[:120]
                 raise checkpoint.CheckpointError(
                     f"{self.path}: does not fit its own configuration: {cause}."
@@ -377,6 +405,7 @@ class _Run:
             self.path,
             {
                 "version": CHECKPOINT_VERSION,
+                "config": _identity(self.config),
                 "data": _fingerprint(self.split),
                 "log_bytes": self.log.position,
                 "finished": [asdict(result) for result in self.finished],
@@ -393,14 +422,38 @@ class _Run:
         if not self.path.exists() and self.path.parent.is_dir():
             return 0  # stopped before anything was worth saving
         state = checkpoint.load(self.path, CHECKPOINT_VERSION)
-        if state.get("data") != _fingerprint(self.split):
-            raise TuneError(f"{self.path}: was made with other data than --data and --data-dir give now.")
+        self._require_same_config(state.get("config"))
         try:
-            self.finished = [MethodResult(**result) for result in state["finished"]]
-            self.trials, self.tuned, self.pending = state["trials"], state["tuned"], state["pending"]
-            return int(state["log_bytes"])
-        except (KeyError, TypeError, ValueError) as error:
+            contents.check_state(state, self._methods(), self.config.trials)
+            self._check_tuned(state["tuned"])
+        except ValueError as error:
             raise checkpoint.CheckpointError(f"{self.path}: is damaged: {error}.") from error
+        if state["data"] != _fingerprint(self.split):
+            raise TuneError(f"{self.path}: was made with other data than --data and --data-dir give now.")
+        self.finished = [MethodResult(**result) for result in state["finished"]]
+        self.trials, self.tuned, self.pending = state["trials"], state["tuned"], state["pending"]
+        return int(state["log_bytes"])
+
+    def _require_same_config(self, saved: object) -> None:
+        current = _identity(self.config)
+        if not isinstance(saved, dict) or set(saved) != set(current):
+            raise checkpoint.CheckpointError(f"{self.path}: is damaged: its configuration is not that of a tuning run.")
+        for name, value in current.items():
+            # The repr tells 1 from True and from a tensor, and is there for whatever a damaged file holds.
+            if repr(saved[name]) != repr(value):
+                got = " ".join(repr(saved[name]).split())[:40]
+                raise TuneError(
+                    f"{self.path}: was made with {name} {got}, but the configuration to resume has {value!r}."
+                    f" Resume with {name} {got}."
+                )
+
+    def _check_tuned(self, tuned: dict[str, Any]) -> None:
+        """Requires that the tuned model, where there is one, has the tensors that the configuration gives it."""
+        if tuned:
+            model = self._model()
+            contents.check_like("tuned['model']", tuned["model"], model.state_dict())
+            expected = [h.detach() for h in self._problem(model).hparams]
+            contents.check_like("tuned['hparams']", tuned["hparams"], expected)
 
 
 def _result(
@@ -421,6 +474,11 @@ def _result(
         auc=auc,
         diverged_solves=training.diverged_solves,
     )
+
+
+def _identity(config: TuneConfig) -> dict[str, Any]:
+    """The choices that make a run what it is; where its data lie is not one of them."""
+    return {field.name: getattr(config, field.name) for field in fields(config) if field.name != "data_dir"}
 
 
 def _fingerprint(split: Split) -> int:
