@@ -345,3 +345,14 @@ def test_ctrl_c_leaves_a_run_that_continues_to_the_same_numbers(tmp_path):
 def test_sigterm_stops_as_ctrl_c_does(tmp_path):
     code, errors = stop_by(signal.SIGTERM, tmp_path / "stopped")
     assert code == 143 and "--resume" in errors and "Traceback" not in errors
+
+
+def test_overwrite_without_output_replaces_the_default_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("tune", *SMALL) == 0
+    assert run("tune", *SMALL) == 0
+    assert run("tune", *SMALL, "--overwrite") == 0
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [
+        "tune-digits-per-weight-decay-0",
+        "tune-digits-per-weight-decay-0-run2",
+    ]

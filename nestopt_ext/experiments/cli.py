@@ -124,7 +124,9 @@ def _add_tune(commands: Any) -> None:
     run.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (cpu)")
     run.add_argument("--threads", type=int, metavar="N", help="CPU threads (1; for a cnn as many as PyTorch takes)")
     run.add_argument(
-        "--output", metavar="DIR", help="folder for what the run leaves (runs/tune-<data>-<hparams>-<seed>)"
+        "--output",
+        metavar="DIR",
+        help="folder for what the run leaves (runs/tune-<data>-<hparams>-<seed>, with -run2 and so on when taken)",
     )
     run.add_argument("--overwrite", action="store_true", help="start anew in an output folder that holds a run")
     run.add_argument("--resume", metavar="DIR", help="continue the run in DIR to the numbers of an uninterrupted one")
@@ -214,7 +216,8 @@ def _prepare(typed: dict[str, Any]) -> _Job:
                 raise UsageError(f"--resume continues a run as it was started; {name} cannot be given with it.")
         return _Job(_stored(Path(resume), typed), Path(resume), resume=True)
     config = TuneConfig(**({**_QUICK, **typed} if quick else typed)).resolved()
-    folder = Path(output) if output is not None else _free_folder(config)
+    default = _default_folder if overwrite else _free_folder
+    folder = default(config) if output is None else Path(output)
     run_folder.check_usable(folder, overwrite=overwrite)
     return _Job(config, folder, overwrite=overwrite)
 
@@ -233,13 +236,17 @@ def _stored(folder: Path, typed: dict[str, Any]) -> TuneConfig:
     return dataclasses.replace(config, **moved)
 
 
+def _default_folder(config: TuneConfig) -> Path:
+    return Path("runs") / f"tune-{config.data}-{config.hparams}-{config.seed}"
+
+
 def _free_folder(config: TuneConfig) -> Path:
     """The default folder, with a number behind its name when something is there."""
-    name = f"tune-{config.data}-{config.hparams}-{config.seed}"
-    folder, number = Path("runs") / name, 1
+    plain = _default_folder(config)
+    folder, number = plain, 1
     while not run_folder.is_free(folder):
         number += 1
-        folder = Path("runs") / f"{name}-run{number}"
+        folder = plain.with_name(f"{plain.name}-run{number}")
     return folder
 
 

@@ -126,6 +126,10 @@ def notes(result: "TuneResult") -> list[str]:
         "* at the step of lowest validation loss (early stopping); the other figures are those of the last step.",
         "The validation loss is what was minimized and flatters; only the test part was not looked at.",
     ]
+    if any(method.auc is not None for method in result.methods):
+        lines.append(
+            "AUC: how well the learned weights tell right from wrong training labels (0.5: not at all; 1: all)."
+        )
     if config.label_noise:
         flipped = int(split.flipped.sum())
         lines.insert(

@@ -186,7 +186,7 @@ class ComplexSGD(Optimizer):
             else:
                 self.state[param][name] = _new_buffer(param).copy_(value.detach())
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step.
 
         Args:
