@@ -20,9 +20,6 @@ from .._reference import opmath
 from ._arguments import check_flags, check_implementation, check_lr, check_momentum, check_real
 
 _BUFFERS = ("momentum_buffer", "momentum_buffer_imag")
-_hyperparameters = operator.itemgetter(
-    "lr", "momentum", "dampening", "weight_decay", "nesterov", "foreach", "differentiable", "fused"
-)
 
 
 class ComplexSGD(Optimizer):
@@ -210,7 +207,7 @@ class ComplexSGD(Optimizer):
 
     def _check_groups(self) -> None:
         """Hyperparameters may have been set to anything since the last step; looks again at those that were."""
-        found = [value for group in self.param_groups for value in _hyperparameters(group)]
+        found = list(itertools.chain.from_iterable(group.values() for group in self.param_groups))
         known = self.__dict__.get("_checked", ())
         if len(known) != len(found) or not all(map(operator.is_, found, known)):
             for group in self.param_groups:
