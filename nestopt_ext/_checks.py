@@ -41,6 +41,11 @@ def finite(op: str, **scalars: float) -> None:
             raise ValueError(f"{op}: {name} must be finite; got {value}.")
 
 
+def require(op: str, name: str, value: float, holds: bool, rule: str, remedy: str = "") -> None:
+    if not holds:
+        raise ValueError(f"{op}: {name} must {rule}; got {value:g}.{remedy and ' '}{remedy}")
+
+
 class _Span(NamedTuple):
     """The bytes of one tensor."""
 
@@ -115,6 +120,39 @@ class ListCheck:
             else:
                 self._items.append((label, t, False))
 
+    def following_or_empty(
+        self,
+        name: str,
+        tensors: Sequence[Tensor],
+        like: tuple[str, Sequence[Tensor]],
+        dtypes: Mapping[torch.dtype, tuple[torch.dtype, ...]],
+        *,
+        needed: bool,
+        needed_while: str,
+    ) -> None:
+        """A written list that follows the leading one, and may be empty unless it is ``needed``."""
+        leader, leaders = like
+        if leaders and not tensors and needed:
+            raise ValueError(
+                f"{self.op}: {name} must have the length of {leader}, {len(leaders)}, while {needed_while}; got 0."
+            )
+        if tensors:
+            self.following(name, tensors, like, dtypes, written=True)
+
+    def scalars(self, name: str, tensors: Sequence[Tensor], like: tuple[str, Sequence[Tensor]]) -> None:
+        """A written list of one number, float32 or float64, beside each tensor of the leading list."""
+        leader, leaders = like
+        if len(tensors) != len(leaders):
+            raise ValueError(f"{self.op}: {name} must have the length of {leader}, {len(leaders)}; got {len(tensors)}.")
+        for i, (t, lead) in enumerate(zip(tensors, leaders, strict=True)):
+            label = f"{name}[{i}]"
+            self._number(label, t)
+            if t.device != lead.device:
+                raise ValueError(
+                    f"{self.op}: {label} must be on {lead.device}, the device of {leader}[{i}]; got {t.device}."
+                )
+            self._may_write(label, t)
+
     def scalar(
         self,
         name: str,
@@ -125,11 +163,7 @@ class ListCheck:
         on_cpu: bool = True,
     ) -> None:
         """A tensor of one element, float32 or float64, on the CPU (``on_cpu``) or beside the leading list."""
-        self._strided(name, t)
-        if t.dtype not in REAL:
-            raise TypeError(f"{self.op}: {name} must be {_either(REAL)}; got {_name(t.dtype)}.")
-        if t.numel() != 1:
-            raise ValueError(f"{self.op}: {name} must have one element; got shape {_shape(t)}.")
+        self._number(name, t)
         device = leaders[0].device if leaders else t.device
         if t.device != device and not (on_cpu and t.device.type == "cpu"):
             where = f"cpu or {device}" if on_cpu and device.type != "cpu" else str(device)
@@ -195,6 +229,13 @@ class ListCheck:
                 )
             if not span.only_read:
                 view.fill_(number)
+
+    def _number(self, label: str, t: Tensor) -> None:
+        self._strided(label, t)
+        if t.dtype not in REAL:
+            raise TypeError(f"{self.op}: {label} must be {_either(REAL)}; got {_name(t.dtype)}.")
+        if t.numel() != 1:
+            raise ValueError(f"{self.op}: {label} must have one element; got shape {_shape(t)}.")
 
     def _strided(self, label: str, t: Tensor | None) -> None:
         if t is None:  # the dispatcher takes None for a tensor

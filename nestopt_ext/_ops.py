@@ -5,6 +5,7 @@ them. Nothing above this file knows which kernel ran. Whatever may change from s
 so that a changed value does not recompile a ``torch.compile``d caller; lists that are mutated return nothing.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,10 +52,133 @@ def is_native(op: str, device_type: str) -> bool:
     return (op, device_type) in _NATIVE
 
 
-# ---- complex_sgd ----------------------------------------------------------------------------------------------------
-
 _SAME = {d: (d,) for d in _checks.FLOATING}
 _OPMATH = {d: (_reference.opmath(d),) for d in _checks.FLOATING}
+
+
+# ---- complex_adam ---------------------------------------------------------------------------------------------------
+
+
+def check_complex_adam_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avgs_imag: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    lr: Tensor,
+    *,
+    beta1: float,
+    beta1_imag: float = 0.0,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled_weight_decay: bool = False,
+    bias_correction: bool = False,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> list[Tensor]:
+    op = "complex_adam_step_"
+    check = _checks.ListCheck(op)
+    _checks.finite(op, beta1=beta1, beta1_imag=beta1_imag, beta2=beta2, eps=eps, weight_decay=weight_decay)
+    modulus = math.hypot(beta1, beta1_imag)
+    _checks.require(op, "beta1", modulus, modulus < 1, "have a modulus below 1")
+    _checks.require(op, "beta2", beta2, 0 <= beta2 < 1, "be in [0, 1)")
+    _checks.require(op, "eps", eps, eps >= 0, "not be negative")
+    _checks.require(
+        op,
+        "beta1_imag",
+        beta1_imag,
+        beta1_imag == 0 or not bias_correction,
+        "be zero with bias_correction",
+        "A complex average does not converge where this momentum does: leave bias_correction off.",
+    )
+    like = ("params", params)
+    check.leading("params", params)
+    check.following("grads", grads, like, _SAME, written=False)
+    check.following("exp_avgs", exp_avgs, like, _OPMATH, written=True)
+    check.following_or_empty(
+        "exp_avgs_imag",
+        exp_avgs_imag,
+        like,
+        _OPMATH,
+        needed=beta1_imag != 0,
+        needed_while="beta1_imag is not zero",
+    )
+    check.following("exp_avg_sqs", exp_avg_sqs, like, _OPMATH, written=True)
+    if max_exp_avg_sqs:
+        check.following("max_exp_avg_sqs", max_exp_avg_sqs, like, _OPMATH, written=True)
+    check.scalars("steps", steps, like)
+    check.scalar("lr", lr, params)
+    if grad_scale is not None:
+        check.scalar("grad_scale", grad_scale, params, on_cpu=False)
+    if found_inf is not None:
+        check.scalar("found_inf", found_inf, params, on_cpu=False)
+    check.memory()
+    return [*params, *exp_avgs, *exp_avgs_imag, *exp_avg_sqs, *max_exp_avg_sqs, *steps]
+
+
+_complex_adam_step_ = _define(
+    "complex_adam_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avgs_imag,"
+    " Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] steps, Tensor lr, *, float beta1,"
+    " float beta1_imag=0.0, float beta2=0.999, float eps=1e-8, float weight_decay=0.0,"
+    " bool decoupled_weight_decay=False, bool bias_correction=False, bool maximize=False, Tensor? grad_scale=None,"
+    " Tensor? found_inf=None) -> ()",
+    _reference.complex_adam_step_,
+    check_complex_adam_step,
+)
+
+
+def complex_adam_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avgs_imag: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    lr: Tensor,
+    *,
+    beta1: complex,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled_weight_decay: bool = False,
+    bias_correction: bool = False,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    r"""One step of Adam with complex momentum for a whole list of tensors, in one call; see
+    :func:`nestopt_ext._reference.complex_adam_step_` for the definition.
+
+    ``params`` (float32, float64, bfloat16 or float16, any strides, one device) and the four lists of averages (float32
+    beside 16-bit params, else the dtype of the param; ``exp_avgs_imag`` and ``max_exp_avg_sqs`` full or empty) are
+    updated in place, ``grads`` is only read. ``steps``, tensors of one element (float32 or float64) beside the params,
+    are counted up. ``lr`` is a tensor of one element on the CPU or beside the params.
+    """
+    lists = (params, grads, exp_avgs, exp_avgs_imag, exp_avg_sqs, max_exp_avg_sqs, steps)
+    if not any(lists):
+        return
+    _complex_adam_step_(
+        *lists,
+        lr,
+        beta1=beta1.real,
+        beta1_imag=beta1.imag,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        decoupled_weight_decay=decoupled_weight_decay,
+        bias_correction=bias_correction,
+        maximize=maximize,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+    )
+
+
+# ---- complex_sgd ----------------------------------------------------------------------------------------------------
 
 
 def check_complex_sgd_step(
@@ -79,19 +203,22 @@ def check_complex_sgd_step(
     like = ("params", params)
     check.leading("params", params)
     check.following("grads", grads, like, _SAME, written=False)
-    if params and not momentum_buffers and (momentum_buffers_imag or momentum != 0 or momentum_imag != 0):
-        raise ValueError(
-            f"{op}: momentum_buffers must have the length of params, {len(params)}, while momentum is not zero; got 0."
-        )
-    if params and not momentum_buffers_imag and momentum_imag != 0:
-        raise ValueError(
-            f"{op}: momentum_buffers_imag must have the length of params, {len(params)},"
-            " while momentum_imag is not zero; got 0."
-        )
-    if momentum_buffers:
-        check.following("momentum_buffers", momentum_buffers, like, _OPMATH, written=True)
-    if momentum_buffers_imag:
-        check.following("momentum_buffers_imag", momentum_buffers_imag, like, _OPMATH, written=True)
+    check.following_or_empty(
+        "momentum_buffers",
+        momentum_buffers,
+        like,
+        _OPMATH,
+        needed=bool(momentum_buffers_imag) or momentum != 0 or momentum_imag != 0,
+        needed_while="momentum is not zero",
+    )
+    check.following_or_empty(
+        "momentum_buffers_imag",
+        momentum_buffers_imag,
+        like,
+        _OPMATH,
+        needed=momentum_imag != 0,
+        needed_while="momentum_imag is not zero",
+    )
     check.scalar("lr", lr, params)
     if grad_scale is not None:
         check.scalar("grad_scale", grad_scale, params, on_cpu=False)
@@ -216,7 +343,7 @@ def neumann_step_(
 
 _NATIVE = {
     (op, key.lower())
-    for op in ("complex_sgd_step_", "neumann_step_")
+    for op in ("complex_adam_step_", "complex_sgd_step_", "neumann_step_")
     for key in ("CPU", "CUDA")
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"nestopt_ext::{op}", key)
 }

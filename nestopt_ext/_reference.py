@@ -14,6 +14,89 @@ def opmath(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
+def _number(t: Tensor, device: torch.device) -> Tensor:
+    """A tensor of one element as a number of full precision on ``device``."""
+    return t.to(device=device, dtype=torch.float32 if device.type == "mps" else torch.float64).reshape(())
+
+
+def complex_adam_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avgs_imag: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    lr: Tensor | float,
+    *,
+    beta1: float,
+    beta1_imag: float = 0.0,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled_weight_decay: bool = False,
+    bias_correction: bool = False,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    r"""One step of Adam with complex momentum.
+
+    With :math:`\beta_1` = ``beta1`` + i ``beta1_imag``, :math:`m` = exp_avg + i exp_avg_imag, :math:`v` = exp_avg_sq
+    and :math:`t` = step, counted up first::
+
+        g <- (-1 if maximize) * grad * (1 / grad_scale)
+        g <- g + weight_decay * p                   (p <- p - lr * weight_decay * p with decoupled_weight_decay)
+        m <- beta_1 * m + g                         (g times 1 - beta_1 with bias_correction)
+        v <- beta_2 * v + (1 - beta_2) * g**2
+        p <- p - lr * Re(m) / (sqrt(v / (1 - beta_2**t)) + eps)
+
+    With ``bias_correction`` the last line has :math:`m / (1 - \beta_1^t)` for :math:`m`, which is
+    :class:`torch.optim.Adam`; that is for a real :math:`\beta_1` only. Where there are ``max_exp_avg_sqs``, each
+    becomes the maximum of itself and :math:`v`, and stands for :math:`v` in the last line. ``exp_avgs_imag`` may be
+    empty (then the imaginary part is zero and stays so). Nothing is written, ``steps`` neither, when ``found_inf`` is
+    not zero.
+    """
+    if found_inf is not None and bool(found_inf != 0):
+        return
+
+    def keep(t: Tensor) -> Tensor:  # for the backward pass: the next step overwrites t
+        return t.clone() if torch.is_grad_enabled() else t
+
+    for i, param in enumerate(params):
+        math = opmath(param.dtype)
+        weight, grad, avg, avg_sq = keep(param).to(math), grads[i].to(math), exp_avgs[i], exp_avg_sqs[i]
+        rate = _number(lr, param.device) if isinstance(lr, Tensor) else lr
+        if grad_scale is not None:
+            grad = grad * _number(grad_scale, param.device).reciprocal().to(math)
+        if maximize:
+            grad = -grad
+        if weight_decay != 0 and decoupled_weight_decay:
+            decay = rate * weight_decay
+            weight = weight - (decay.to(math) if isinstance(decay, Tensor) else decay) * weight
+        elif weight_decay != 0:  # not as add(alpha=), which Inductor drops where the gradient is a matrix product
+            grad = grad + weight_decay * weight
+        new = (1 - beta1) * grad if bias_correction else grad
+        if exp_avgs_imag:
+            previous = avg.clone()
+            avg.mul_(beta1).add_(exp_avgs_imag[i], alpha=-beta1_imag).add_(new)
+            exp_avgs_imag[i].mul_(beta1).add_(previous, alpha=beta1_imag)
+        else:
+            avg.mul_(beta1).add_(new)
+        avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        if max_exp_avg_sqs:
+            avg_sq = max_exp_avg_sqs[i].copy_(torch.maximum(keep(max_exp_avg_sqs[i]), keep(avg_sq)))
+        t = _number(steps[i].add_(1), param.device)
+        if bias_correction:
+            rate = rate / (1 - beta1**t)
+        denom = (avg_sq.sqrt() / (1 - beta2**t).sqrt().to(math)).add_(eps)
+        step = keep(avg) / denom
+        if isinstance(rate, Tensor):
+            param.copy_(weight.addcmul(step, rate.to(math), value=-1))
+        else:
+            param.copy_(weight.add(step, alpha=-rate))
+
+
 def complex_sgd_step_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -48,7 +131,7 @@ def complex_sgd_step_(
         grad = grads[i] if grads[i].dtype == math else grads[i].to(math)
         weight = param if param.dtype == math else param.to(math)
         if grad_scale is not None:
-            grad = grad * grad_scale.double().reciprocal().to(math)
+            grad = grad * _number(grad_scale, param.device).reciprocal().to(math)
         if maximize:
             grad = -grad
         if weight_decay != 0:

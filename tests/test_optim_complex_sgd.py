@@ -15,56 +15,17 @@ import numpy as np
 import pytest
 import torch
 from helpers import FLOATING, LAYOUTS, Memory, all_same_bits, name_of, opmath, product, same_bits
+from stepping import IMPLEMENTATIONS, make_params, run, saved, set_grads, snapshot
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import Parameter
 from torch.optim import SGD
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, StepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, LambdaLR, OneCycleLR, StepLR
 
-from nestopt_ext import ComplexSGD, _ops
+from nestopt_ext import ComplexSGD, _ops, effective_lr
 
-IMPLEMENTATIONS = {
-    "default": {},
-    "fused": {"fused": True},
-    "foreach": {"foreach": True},
-    "single": {"foreach": False, "fused": False},
-}
 implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
 MOMENTUM = cmath.rect(0.8, 0.7)
-SHAPES = [(), (3,), (4, 5), (2, 3, 4, 2), (0,)]
 BUFFERS = ("momentum_buffer", "momentum_buffer_imag")
-
-
-def make_params(shapes=SHAPES, dtype=torch.float64, seed=0, layout=None):
-    gen = torch.Generator().manual_seed(seed)
-    values = [torch.randn(s, dtype=torch.float64, generator=gen).to(dtype) for s in shapes]
-    return [Parameter(layout(v) if layout else v) for v in values]
-
-
-def set_grads(params, seed):
-    gen = torch.Generator().manual_seed(1000 + seed)
-    for p in params:
-        p.grad = torch.randn(p.shape, dtype=torch.float64, generator=gen).to(p.dtype)
-
-
-def run(optimizer, params, steps=5, first=0):
-    for i in range(first, first + steps):
-        set_grads(params, i)
-        optimizer.step()
-    return [p.detach().clone() for p in params]
-
-
-def snapshot(optimizer):
-    """The parameters and every tensor of the state."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    return Memory(params + [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)])
-
-
-def saved(optimizer):
-    """The state as it comes back from a file."""
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
@@ -241,6 +202,32 @@ def test_the_rate_in_the_game_is_that_of_the_linear_theory():
     )
     near, far = play(m, lr, 400, {})[1], play(m, lr, 800, {})[1]
     assert (far / near) ** (1 / 400) == pytest.approx(radius, abs=5e-4)
+
+
+@implementations
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dampening": 0.3, "weight_decay": 0.1}, {"nesterov": True}, {"momentum": 0.9}, {"momentum": 0.0}],
+    ids=str,
+)
+def test_rescaled_steps_have_the_length_of_lr_in_the_long_run(options, as_tensor, implementation):
+    """They are those of a smaller lr, and under a constant gradient those of plain gradient descent with lr."""
+    options = {"momentum": MOMENTUM, **options}
+    gain = effective_lr(1.0, options["momentum"]) * (1 - options.get("dampening", 0.0) * (options["momentum"] != 0))
+    lr = torch.tensor(0.25, dtype=torch.float64) if as_tensor else 0.25
+    params, twin = make_params(), make_params()
+    ours = ComplexSGD(params, lr=lr, rescale_lr=True, **options, **implementation)
+    theirs = ComplexSGD(twin, lr=0.25 / gain, **options, **implementation)
+    for a, b in zip(run(ours, params), run(theirs, twin), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)
+    p = Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = ComplexSGD([p], lr=lr, rescale_lr=True, **{**options, "weight_decay": 0}, **implementation)
+    for _ in range(400):
+        before = p.item()
+        p.grad = torch.full_like(p, -1.0)
+        optimizer.step()
+    assert p.item() - before == pytest.approx(0.25, rel=1e-11)
 
 
 # ---- groups, parameters, gradients ----------------------------------------------------------------------------------
@@ -476,6 +463,8 @@ BAD = [
     ({"dampening": float("inf")}, ValueError, "dampening must be finite; got inf"),
     ({"dampening": 0.5j}, TypeError, "dampening must be a number; got 0.5j"),
     ({"dampening": True}, TypeError, "dampening must be a number; got True"),
+    ({"rescale_lr": "no"}, TypeError, "rescale_lr must be True or False; got 'no'"),
+    ({"rescale_lr": True, "dampening": 1.0}, ValueError, "dampening must be below 1 with rescale_lr; got 1.0"),
     ({"nesterov": True, "momentum": 0.0}, ValueError, "nesterov must come with a momentum and zero dampening"),
     ({"nesterov": True, "momentum": 0j}, ValueError, "nesterov must come with a momentum and zero dampening"),
     ({"nesterov": True, "dampening": 0.1}, ValueError, "nesterov must come with a momentum and zero dampening"),
@@ -586,8 +575,9 @@ def test_is_a_torch_optimizer():
         "foreach": None,
         "differentiable": False,
         "fused": None,
+        "rescale_lr": False,
     }
-    assert set(SGD(make_params(), lr=0.1).defaults) == set(optimizer.defaults)
+    assert set(optimizer.defaults) - set(SGD(make_params(), lr=0.1).defaults) == {"rescale_lr"}
     assert repr(optimizer).startswith("ComplexSGD (") and "momentum: (0.83" in repr(optimizer)
     positional = ComplexSGD(make_params(), 0.1, 0.5, 0.25, 0.125, False)
     assert [positional.defaults[k] for k in ("lr", "momentum", "dampening", "weight_decay")] == [0.1, 0.5, 0.25, 0.125]
@@ -649,7 +639,7 @@ def test_none_buffers_of_old_checkpoints_count_as_absent():
     params, twin = make_params(), make_params()
     optimizer = ComplexSGD(params, lr=0.1, momentum=0.5)
     checkpoint = optimizer.state_dict()
-    checkpoint["state"] = {i: {"momentum_buffer": None} for i in range(len(params))}
+    checkpoint["state"] = {i: dict.fromkeys(BUFFERS) for i in range(len(params))}
     optimizer.load_state_dict(checkpoint)
     assert all_same_bits(run(optimizer, params, 2), run(ComplexSGD(twin, lr=0.1, momentum=0.5), twin, 2))
 
@@ -734,16 +724,11 @@ HOSTILE = {
         ValueError,
         r"state\[1\]\['momentum_buffer_imag'\] must have the shape",
     ),
-    "imag-none": (
-        set_buffer(None, BUFFERS[1]),
-        TypeError,
-        r"state\[1\]\['momentum_buffer_imag'\] must be a tensor; got None",
-    ),
     "freed": (set_buffer(freed()), ValueError, WHERE + "have storage for its elements"),
     "imag-alone": (
         lambda c: c["state"][1].pop("momentum_buffer"),
         ValueError,
-        r"state\[1\]\['momentum_buffer_imag'\] must come with its real part",
+        r"state\[1\]\['momentum_buffer_imag'\] must come with 'momentum_buffer'; got none",
     ),
     "no-state": (lambda c: c.pop("state"), TypeError, r"state_dict\['state'\] must be a dict; got NoneType"),
     "no-groups": (lambda c: c.pop("param_groups"), TypeError, r"state_dict\['param_groups'\] must be a list"),
@@ -775,6 +760,21 @@ HOSTILE = {
         lambda c: c["param_groups"][0]["params"].append(9),
         ValueError,
         "doesn't match the size of optimizer's group",
+    ),
+    "no-momentum": (
+        lambda c: c["param_groups"][0].pop("momentum"),
+        ValueError,
+        r"param_groups\[0\] must hold lr, momentum, dampening, weight_decay; got no momentum. It is the checkpoint",
+    ),
+    "text-momentum": (
+        lambda c: c["param_groups"][0].update(momentum=("0.5", 0.5)),
+        TypeError,
+        "ComplexSGD.load_state_dict: momentum must be a real or complex number",
+    ),
+    "large-momentum": (
+        lambda c: c["param_groups"][0].update(momentum=[1.0, 0.5]),
+        ValueError,
+        "ComplexSGD.load_state_dict: momentum must have modulus below 1",
     ),
     "bad-momentum": (
         lambda c: c["param_groups"][0].update(momentum=2.0),
@@ -957,6 +957,7 @@ SCHEDULERS = {
     "cosine": lambda o: CosineAnnealingLR(o, 6),
     "lambda": lambda o: LambdaLR(o, lambda i: 1 / (1 + i)),
     "one-cycle": lambda o: OneCycleLR(o, max_lr=0.2, total_steps=8, base_momentum=0.5, max_momentum=0.9),
+    "cyclic": lambda o: CyclicLR(o, 0.01, 0.1, step_size_up=3, base_momentum=0.0, max_momentum=0.9),
 }
 
 
@@ -975,6 +976,74 @@ def test_schedulers_move_it_as_they_move_torch_sgd(scheduler, implementation):
         assert sgd.param_groups[0]["momentum"] == optimizer.param_groups[0]["momentum"]
     for a, b in zip(theirs, ours, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)
+
+
+@implementations
+@pytest.mark.parametrize("scheduler", ["one-cycle", "cyclic"])
+@pytest.mark.parametrize("copied", [None, "checkpoint", "pickle"], ids=["", "checkpoint", "pickle"])
+def test_a_cycled_momentum_keeps_its_angle(copied, scheduler, implementation):
+    """Each group its own; also over a copy taken just after the scheduler has set a real one, and over a zero."""
+    directions = (cmath.rect(1, 0.7), cmath.rect(1, -0.2), 1.0, -1.0)
+    params, twin = make_params([(3,)] * 4), make_params([(3,)] * 4)
+    groups = [{"params": [p], "momentum": 0.8 * d} for p, d in zip(params, directions, strict=True)]
+    optimizer = ComplexSGD(groups, lr=0.1, **implementation)
+    plan = SCHEDULERS[scheduler](optimizer)
+    real = SGD(make_params([(1,)] * 4), lr=0.1, momentum=0.8)
+    real_plan = SCHEDULERS[scheduler](real)
+    by_hand = [
+        ComplexSGD([p], momentum=0.5 * d, **IMPLEMENTATIONS["single"]) for p, d in zip(twin, directions, strict=True)
+    ]
+    for i in range(7):
+        if copied and i == 2:
+            plan.optimizer = None
+            if copied == "pickle":
+                optimizer, params = pickle.loads(pickle.dumps((optimizer, params)))
+            else:
+                checkpoint = saved(optimizer)
+                optimizer = ComplexSGD([{"params": [p]} for p in params], **implementation)
+                optimizer.load_state_dict(checkpoint)
+            plan.optimizer = optimizer
+        set_grads(params, i)
+        set_grads(twin, i)
+        optimizer.step()
+        modulus = real.param_groups[0]["momentum"]
+        for one, direction in zip(by_hand, directions, strict=True):
+            one.param_groups[0].update(lr=real.param_groups[0]["lr"], momentum=modulus * direction)
+            one.step()
+        for a, b in zip(params, twin, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+        assert optimizer.param_groups[2]["momentum"] == modulus and optimizer.param_groups[3]["momentum"] == -modulus
+        real.step()
+        real_plan.step()
+        plan.step()
+
+
+def test_a_cycled_momentum_keeps_its_angle_when_a_group_is_added():
+    params = make_params([(3,)] * 2)
+    optimizer = ComplexSGD(params[:1], lr=0.1, momentum=MOMENTUM)
+    SCHEDULERS["one-cycle"](optimizer)
+    optimizer.add_param_group({"params": params[1:], "momentum": 0.5})
+    run(optimizer, params, 1)
+    assert optimizer.param_groups[0]["momentum"] == pytest.approx(cmath.rect(0.9, 0.7))
+    assert optimizer.param_groups[1]["momentum"] == 0.5
+
+
+def test_a_momentum_set_by_hand_is_what_it_says():
+    """Without a scheduler that cycles it, a real momentum is a real momentum, also after a complex one."""
+    params, twin = make_params(), make_params()
+    optimizer, plain = ComplexSGD(params, lr=0.1, momentum=MOMENTUM), ComplexSGD(twin, lr=0.1, momentum=0.5)
+    OneCycleLR(optimizer, max_lr=0.1, total_steps=8, div_factor=1, cycle_momentum=False)
+    optimizer.param_groups[0]["momentum"] = 0.5
+    assert all_same_bits(run(optimizer, params), run(plain, twin))
+
+
+def test_complex_bounds_of_a_scheduler_are_taken_as_they_are():
+    p = make_params([(3,)])
+    optimizer = ComplexSGD(p, lr=0.1, momentum=MOMENTUM)
+    low, high = cmath.rect(0.5, 0.1), cmath.rect(0.9, 0.5)
+    OneCycleLR(optimizer, max_lr=0.2, total_steps=8, base_momentum=low, max_momentum=high)
+    run(optimizer, p, 1)
+    assert optimizer.param_groups[0]["momentum"] == pytest.approx(high, rel=1e-15)
 
 
 def test_averaged_models():
@@ -1267,7 +1336,7 @@ def test_trains_a_network():
 def test_a_fault_in_a_late_parameter_is_found_before_the_others_move():
     base = torch.ones(6)
     params = [Parameter(torch.ones(2)), Parameter(base[:4]), Parameter(base[2:])]
-    optimizer = ComplexSGD(params, momentum=MOMENTUM)
+    optimizer = ComplexSGD(params, momentum=MOMENTUM, dampening=0.5)  # so that a first step is another call
     params[0].grad = torch.ones(2)
     optimizer.step()
     for p in params:
@@ -1306,8 +1375,25 @@ def test_numbers_of_numpy_survive_a_safe_checkpoint(tmp_path):
     optimizer.add_param_group({"params": make_params([(2,)]), "momentum": np.float64(0.5)})
     torch.save(optimizer.state_dict(), tmp_path / "c.pt")
     groups = torch.load(tmp_path / "c.pt", weights_only=True)["param_groups"]
-    assert (groups[0]["lr"], groups[0]["momentum"], groups[0]["weight_decay"]) == (0.1, 0.5j, 0.5)
+    assert (groups[0]["lr"], groups[0]["momentum"], groups[0]["weight_decay"]) == (0.1, (0.0, 0.5), 0.5)
     assert groups[1]["momentum"] == 0.5
+
+
+def test_a_complex_momentum_is_a_pair_of_numbers_in_a_checkpoint():
+    """Some formats know no complex numbers, and no tuples."""
+    params = make_params([(3,)] * 2)
+    groups = [{"params": params[:1], "momentum": MOMENTUM}, {"params": params[1:], "momentum": -0.5}]
+    optimizer = ComplexSGD(groups)
+    checkpoint = optimizer.state_dict()
+    optimizer.register_load_state_dict_pre_hook(lambda _, s: seen.append(s["param_groups"][0]["momentum"]))
+    assert [g["momentum"] for g in checkpoint["param_groups"]] == [(MOMENTUM.real, MOMENTUM.imag), -0.5]
+    assert [g["momentum"] for g in optimizer.param_groups] == [MOMENTUM, -0.5]
+    for momentum in ((0.25, -0.5), [0.25, -0.5], 0.25 - 0.5j):
+        seen = []
+        checkpoint["param_groups"][0]["momentum"] = momentum
+        optimizer.load_state_dict(checkpoint)
+        assert optimizer.param_groups[0]["momentum"] == 0.25 - 0.5j
+        assert seen == [momentum] and checkpoint["param_groups"][0]["momentum"] is momentum
 
 
 @implementations

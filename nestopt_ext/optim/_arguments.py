@@ -1,12 +1,26 @@
 """Checks of hyperparameters, shared by the optimizers; each message names optimizer, argument, rule and value."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Complex, Real
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def plain_numbers(group: dict[str, Any], names: Iterable[str]) -> None:
+    """Makes numbers of NumPy and others, alone or in a pair, Python's own, which checkpoints can hold."""
+    for name in names:
+        if name in group:
+            value = group[name]
+            group[name] = tuple(map(_plain, value)) if isinstance(value, tuple | list) else _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, Complex) or isinstance(value, bool | int):
+        return value
+    return float(value) if isinstance(value, Real) else complex(value)
 
 
 def _is_number(value: object, kind: type) -> bool:
@@ -47,6 +61,16 @@ def check_real(owner: str, name: str, value: object, *, minimum: float = -math.i
     if not (math.isfinite(value) and value >= minimum):  # type: ignore[arg-type, operator]
         bound = "" if minimum == -math.inf else f" and >= {minimum:g}"
         raise ValueError(f"{owner}: {name} must be finite{bound}; got {value}.")
+
+
+def check_betas(owner: str, betas: object) -> None:
+    """A momentum, and the decay of the second moment in [0, 1)."""
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise TypeError(f"{owner}: betas must be a pair of numbers; got {betas!r:.80}.")
+    check_momentum(owner, "betas[0]", betas[0])
+    check_real(owner, "betas[1]", betas[1], minimum=0.0)
+    if betas[1] >= 1:
+        raise ValueError(f"{owner}: betas[1] must be below 1; got {betas[1]}.")
 
 
 def check_flags(owner: str, group: Mapping[str, Any], names: tuple[str, ...]) -> None:
