@@ -140,6 +140,22 @@ def expanded(values):
     return values[:1].clone().expand(values.shape) if values.dim() else values.clone()
 
 
+def random_lists(shapes, dtypes, layouts, device="cpu"):
+    """A list of normal random values for each layout; ``dtypes`` has those of an entry, one for each list, in turns."""
+    lists = [[] for _ in layouts]
+    for i, shape in enumerate(shapes):
+        for list_, layout, dtype in zip(lists, layouts, dtypes[i % len(dtypes)], strict=True):
+            list_.append(layout(torch.randn(shape, dtype=torch.float64).to(device=device, dtype=dtype)))
+    return lists
+
+
+def as_number(value, device="cpu"):
+    """A tensor of one element from a number; a tensor, and None, as they are."""
+    if value is None or isinstance(value, torch.Tensor):
+        return value
+    return torch.tensor(value, dtype=torch.float64, device=device)
+
+
 # ---- the criterion --------------------------------------------------------------------------------------------------
 
 

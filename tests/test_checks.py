@@ -25,7 +25,11 @@ SHAPE = (6, 4)
 
 @dataclass(frozen=True)
 class Op:
-    """What the table needs to know of an op. ``follow`` maps the other lists to whether they are written."""
+    """What the table needs to know of an op.
+
+    ``follow`` maps the other lists to whether they are written; ``optional`` are those that may be empty; ``counters``
+    are lists of one number beside each tensor.
+    """
 
     name: str
     leading: str
@@ -33,6 +37,8 @@ class Op:
     scalar: str  # a tensor argument that must be finite
     numbers: tuple
     beside: tuple  # optional tensor arguments on the device of the leading list
+    counters: tuple = ()
+    optional: tuple = ()
 
     @property
     def lists(self):
@@ -43,7 +49,8 @@ class Op:
         return [self.leading, *(name for name, written in self.follow.items() if written)]
 
     def arguments(self, dtype=torch.float32):
-        arguments = {name: [torch.randn(SHAPE, dtype=dtype) for _ in range(COUNT)] for name in self.lists}
+        arguments = {name: [torch.rand(SHAPE, dtype=dtype) for _ in range(COUNT)] for name in self.lists}
+        arguments.update({name: [torch.ones(()) for _ in range(COUNT)] for name in self.counters})
         return {**arguments, self.scalar: torch.tensor(0.1), **dict.fromkeys(self.numbers, 0.25)}
 
 
@@ -55,14 +62,25 @@ SGD = Op(
     ("momentum", "momentum_imag", "dampening", "weight_decay"),
     ("grad_scale", "found_inf"),
 )
+ADAM = Op(
+    "complex_adam_step_",
+    "params",
+    {"grads": False, "exp_avgs": True, "exp_avgs_imag": True, "exp_avg_sqs": True, "max_exp_avg_sqs": True},
+    "lr",
+    ("beta1", "beta1_imag", "beta2", "eps", "weight_decay"),
+    ("grad_scale", "found_inf"),
+    counters=("steps",),
+    optional=("max_exp_avg_sqs",),
+)
 NEUMANN = Op("neumann_step_", "v", {"p": True, "av": False}, "alpha", ("damping",), ("sq_norm",))
-OPS = [SGD, NEUMANN]
+OPS = [ADAM, SGD, NEUMANN]
 
 
 def wrapper(op, arguments):
     arguments = dict(arguments)
-    if "momentum_imag" in arguments:
-        arguments["momentum"] = complex(arguments["momentum"], arguments.pop("momentum_imag"))
+    for name in ("momentum", "beta1"):
+        if name in arguments:
+            arguments[name] = complex(arguments[name], arguments.pop(f"{name}_imag"))
     getattr(_ops, op.name)(**arguments)
 
 
@@ -212,10 +230,11 @@ for op in OPS:
             why = {
                 "momentum_buffers": ", while momentum is not zero",
                 "momentum_buffers_imag": ", while momentum_imag is not zero",
+                "exp_avgs_imag": ", while beta1_imag is not zero",
             }.get(name, "")
-            row(f"{name}-none", op, ValueError, f"{name} must have the length of {op.leading}, {COUNT}{why}; got 0.")(
-                empty
-            )
+            if name not in op.optional:
+                message = f"{name} must have the length of {op.leading}, {COUNT}{why}; got 0."
+                row(f"{name}-none", op, ValueError, message)(empty)
         else:
             row(
                 f"{name}-meta",
@@ -319,6 +338,58 @@ for op in OPS:
 
         row(f"{name}-holds-{op.scalar}", op, ValueError, f"{label} {shares.format(op.scalar)}")(scalar_inside)
 
+    for name in op.counters:
+        label = f"{name}[{BAD}]"
+        for dtype in (torch.float16, torch.bfloat16, torch.int64, torch.complex64, torch.bool):
+            row(f"{name}-{dtype}", op, TypeError, f"{label} must be float32 or float64; got {str(dtype)[6:]}.")(
+                put(name, torch.ones((), dtype=dtype))
+            )
+        for shape in ((2,), (0,), (1, 3), SHAPE):
+            row(
+                f"{name}-shape{shape}", op, ValueError, f"{label} must have one element; got shape {shape_text(shape)}."
+            )(put(name, torch.ones(shape)))
+        row(f"{name}-sparse", op, TypeError, f"{label} {DENSE.format('sparse_coo')}")(
+            put(name, lambda a: torch.ones(1).to_sparse())
+        )
+        row(f"{name}-meta", op, ValueError, f"{label} must be on cpu, the device of {lead}; got meta.")(
+            put(name, torch.ones((), device="meta"))
+        )
+
+        def freed_counter(a):
+            t = torch.ones(())
+            t.untyped_storage().resize_(0)
+            return t
+
+        row(f"{name}-freed", op, ValueError, f"{label} {FREED.format(0)}", True)(put(name, freed_counter))
+        row(
+            f"{name}-misaligned",
+            op,
+            ValueError,
+            f"{label} must be aligned to its element size, 4 bytes; got an address that is 1 past it. Pass a clone.",
+            True,
+        )(put(name, lambda a: off_by_one_byte((1,))))
+        for got in (0, COUNT - 1):
+            row(f"{name}-{got}", op, ValueError, f"{name} must have the length of {op.leading}, {COUNT}; got {got}.")(
+                lambda a, name=name, got=got: a.update({name: a[name][:got]})
+            )
+        row(
+            f"{name}-requires-grad",
+            op,
+            ValueError,
+            f"{label} must not require grad while grad mode is on; got one that does. Call under torch.no_grad().",
+        )(put(name, lambda a: torch.ones((), requires_grad=True)))
+        row(f"{name}-twice", op, ValueError, f"{name}[3] {shares.format(label)}")(
+            lambda a, name=name: a[name].__setitem__(BAD, a[name][3])
+        )
+        for other in op.lists:
+            first, second = (f"{other}[{BAD}]", label) if other in op.written else (label, f"{other}[{BAD}]")
+            row(f"{name}-in-{other}", op, ValueError, f"{first} {shares.format(second)}")(
+                lambda a, name=name, other=other: a[name].__setitem__(BAD, a[other][BAD].view(-1)[5])
+            )
+        row(f"{name}-is-{op.scalar}", op, ValueError, f"{label} {shares.format(op.scalar)}")(
+            lambda a, name=name, scalar=op.scalar: a[name].__setitem__(BAD, a[scalar])
+        )
+
     for name in (op.scalar, *op.beside):
         for dtype in (torch.float16, torch.int64, torch.complex64, torch.bool):
             row(f"{name}-{dtype}", op, TypeError, f"{name} must be float32 or float64; got {str(dtype)[6:]}.")(
@@ -362,6 +433,30 @@ for op in OPS:
         lambda a, name=op.leading: a.update({name: []})
     )
 
+for change, message in (
+    ({"beta1": 1.0, "beta1_imag": 0.0}, "beta1 must have a modulus below 1; got 1."),
+    ({"beta1": 0.8, "beta1_imag": -0.9}, "beta1 must have a modulus below 1; got 1.20416."),
+    ({"beta2": 1.0}, "beta2 must be in [0, 1); got 1."),
+    ({"beta2": -1e-9}, "beta2 must be in [0, 1); got -1e-09."),
+    ({"eps": -0.5}, "eps must not be negative; got -0.5."),
+    (
+        {"bias_correction": True},
+        "beta1_imag must be zero with bias_correction; got 0.25."
+        " A complex average does not converge where this momentum does: leave bias_correction off.",
+    ),
+):
+    row("-".join(f"{k}={v}" for k, v in change.items()), ADAM, ValueError, message)(lambda a, c=change: a.update(c))
+row(
+    "half-average",
+    ADAM,
+    TypeError,
+    f"exp_avg_sqs[{BAD}] must be float32 beside params[{BAD}] of float16; got float16.",
+)(
+    lambda a: [
+        *[put(name, torch.ones(SHAPE).half())(a) for name in ("params", "grads", "exp_avg_sqs")],
+        *[put(name, torch.ones(SHAPE))(a) for name in ("exp_avgs", "exp_avgs_imag")],
+    ]
+)
 row(
     "sq_norm-in-p",
     NEUMANN,
@@ -465,7 +560,7 @@ TORCH_REFUSES = {
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 @pytest.mark.parametrize("fault", TORCH_REFUSES)
 def test_what_is_no_list_of_tensors(op, fault):
-    for name in op.lists:
+    for name in (*op.lists, *op.counters):
         for route in (wrapper, direct):
             arguments = op.arguments()
             memory = Memory(tensors_of(arguments))
@@ -493,7 +588,7 @@ def test_missing_unknown_and_wrong_scalars(op):
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 @pytest.mark.parametrize("route", ROUTES, ids=lambda f: f.__name__)
 def test_empty_lists_do_nothing(op, route):
-    arguments = {name: [] if name in op.lists else value for name, value in op.arguments().items()}
+    arguments = {name: [] if isinstance(value, list) else value for name, value in op.arguments().items()}
     route(op, arguments)
 
 
@@ -511,7 +606,7 @@ def test_lazily_negated_tensors(op):
             assert memory.unchanged()
     read = next(name for name in op.follow if name not in op.written)
     arguments, twin = op.arguments(), op.arguments()
-    for name in op.lists:
+    for name in (*op.lists, *op.counters):
         twin[name] = [t.clone() for t in arguments[name]]
     twin[read][BAD] = -arguments[read][BAD]
     arguments[read][BAD] = torch._neg_view(arguments[read][BAD])
@@ -537,7 +632,7 @@ def test_under_vmap(op):
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_wrapper_subclasses_dispatch_to_what_they_wrap(op):
     arguments, inner = op.arguments(), op.arguments()
-    for name in op.lists:
+    for name in (*op.lists, *op.counters):
         inner[name] = [t.clone() for t in arguments[name]]
         arguments[name] = [TwoTensor(t, t.clone()) for t in arguments[name]]
     direct(op, arguments)
@@ -591,9 +686,11 @@ def test_legal_roles_are_not_refused(op):
         base = torch.ones(4)
         for name in op.lists:
             a[name].append(base[2:2])
+        for name in op.counters:
+            a[name].append(torch.ones(()))
 
     def size_one_with_stride_zero(a):
-        for name in op.lists:
+        for name in (*op.lists, *op.counters):
             a[name].append(torch.ones(1).expand(1, 1))
 
     def fortran_order(a):

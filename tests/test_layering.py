@@ -23,12 +23,14 @@ ROOMS = {
     "curvature": FOUNDATION,
     "solvers": FOUNDATION,  # never curvature: a solver sees only a matvec
     "hypergrad": FOUNDATION | {"solvers", "curvature"},
-    "experiments": FOUNDATION | {"optim", "curvature", "solvers", "hypergrad", "_library"},
+    "games": FOUNDATION | {"hypergrad", "optim", "curvature", "_progress"},
+    "_progress": set(),
+    "experiments": FOUNDATION | {"optim", "curvature", "solvers", "hypergrad", "games", "_library", "_progress"},
     "__main__": {"experiments"},
-    "__init__": FOUNDATION | {"_library", "optim", "curvature", "solvers", "hypergrad"},
+    "__init__": FOUNDATION | {"_library", "optim", "curvature", "solvers", "hypergrad", "games"},
 }
 REQUIRED = {"torch", "numpy"}
-EXTRAS = {"experiments": {"matplotlib", "optuna", "rich", "sklearn", "tqdm", "PIL"}}
+EXTRAS = {"_progress": {"tqdm"}, "experiments": {"matplotlib", "optuna", "rich", "sklearn", "tqdm", "PIL"}}
 
 CPP = {
     "math": {"math"},
@@ -111,7 +113,7 @@ def test_every_source_is_listed_once() -> None:
 
 
 def test_an_op_has_one_stem_everywhere() -> None:
-    for stem in ("complex_sgd", "neumann"):
+    for stem in ("complex_adam", "complex_sgd", "neumann"):
         expected = [
             f"csrc/math/{stem}.h",
             f"csrc/cpu/{stem}.cpp",

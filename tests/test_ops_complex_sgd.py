@@ -13,6 +13,7 @@ from helpers import (
     SHAPES,
     Memory,
     all_same_bits,
+    as_number,
     assert_as_good_as,
     contiguous,
     exact,
@@ -20,6 +21,7 @@ from helpers import (
     name_of,
     opmath,
     product,
+    random_lists,
     same_bits,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -38,12 +40,7 @@ OPTIONS = [
 
 def make(shapes, dtypes, momentum="complex", device="cpu", layouts=(contiguous,) * 4):
     """Lists of params, grads, buffers and imaginary buffers, with random values, each in its layout."""
-    lists = [[], [], [], []]
-    for i, shape in enumerate(shapes):
-        dtype = dtypes[i % len(dtypes)]
-        for k, (list_, layout) in enumerate(zip(lists, layouts, strict=True)):
-            values = torch.randn(shape, dtype=torch.float64).to(device=device, dtype=dtype if k < 2 else opmath(dtype))
-            list_.append(layout(values))
+    lists = random_lists(shapes, [(d, d, opmath(d), opmath(d)) for d in dtypes], layouts, device)
     if momentum == "none":
         lists[2:] = [], []
     elif momentum == "real":
@@ -71,11 +68,8 @@ def recurrence(lists, lr, momentum, dampening=0.0, weight_decay=0.0, nesterov=Fa
 
 def step(lists, lr=0.1, grad_scale=None, function=None, **scalars):
     """Calls the op; ``lr`` and ``grad_scale`` may be numbers."""
-    device = lists[0][0].device
-    lr = lr if isinstance(lr, torch.Tensor) else torch.tensor(lr, dtype=torch.float64)
-    if grad_scale is not None:
-        grad_scale = torch.tensor(grad_scale, device=device)
-    (function or _ops.complex_sgd_step_)(*lists, lr, grad_scale=grad_scale, **scalars)
+    grad_scale = as_number(grad_scale, lists[0][0].device)
+    (function or _ops.complex_sgd_step_)(*lists, as_number(lr), grad_scale=grad_scale, **scalars)
 
 
 def reference_step(lists, momentum, **scalars):

@@ -11,12 +11,14 @@ from helpers import (
     SHAPES,
     Memory,
     all_same_bits,
+    as_number,
     assert_as_good_as,
     contiguous,
     exact,
     expanded,
     name_of,
     product,
+    random_lists,
     same_bits,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -30,17 +32,11 @@ PAIR_IDS = [f"{name_of(v)}-{name_of(a)}" for v, a in PAIRS]
 
 def make(shapes, pairs, device="cpu", layouts=(contiguous,) * 3):
     """Lists v, p and av of random values, each in its layout."""
-    lists = [[], [], []]
-    for i, shape in enumerate(shapes):
-        v_dtype, av_dtype = pairs[i % len(pairs)]
-        for list_, layout, dtype in zip(lists, layouts, (v_dtype, v_dtype, av_dtype), strict=True):
-            list_.append(layout(torch.randn(shape, dtype=torch.float64).to(device=device, dtype=dtype)))
-    return lists
+    return random_lists(shapes, [(v, v, av) for v, av in pairs], layouts, device)
 
 
 def step(lists, alpha=0.1, function=None, **kwargs):
-    alpha = alpha if isinstance(alpha, torch.Tensor) else torch.tensor(alpha, dtype=torch.float64)
-    (function or _ops.neumann_step_)(*lists, alpha, **kwargs)
+    (function or _ops.neumann_step_)(*lists, as_number(alpha), **kwargs)
 
 
 def squared_norm(tensors):

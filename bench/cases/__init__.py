@@ -1,4 +1,5 @@
 """The cases, one file per op family; importing this package registers them all."""
 
+from . import complex_adam as complex_adam
 from . import complex_sgd as complex_sgd
 from . import neumann as neumann

@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from ..registry import YARDSTICK, Contestant, Setting
+from nestopt_ext import _reference
+
+from ..registry import YARDSTICK, Contestant, Field, Setting
 
 Shape = tuple[int, ...]
 
@@ -51,6 +53,45 @@ def normal(shapes: Iterable[Shape], setting: Setting, seed: int, dtype: torch.dt
 def num_bytes(*lists: Iterable[Tensor]) -> int:
     """Bytes of all elements of the lists."""
     return sum(t.numel() * t.element_size() for tensors in lists for t in tensors)
+
+
+class Problem:
+    """Params and gradients of an optimizer's case; every contestant takes copies of its own."""
+
+    def __init__(
+        self, setting: Setting, shapes: Iterable[Shape], dtype: torch.dtype, channels_last: bool = False
+    ) -> None:
+        self.setting = setting
+        self.params = normal(shapes, setting, 0, dtype)
+        self.grads = normal(shapes, setting, 1, dtype)
+        if channels_last:
+            self.params = [p.contiguous(memory_format=torch.channels_last) for p in self.params]
+        self.math = _reference.opmath(dtype)
+        self.params_bytes = num_bytes(self.params)
+        self.buffer_bytes = sum(p.numel() for p in self.params) * self.math.itemsize
+
+    def copies(self) -> tuple[list[Tensor], list[Tensor]]:
+        params, grads = ([t.clone() for t in tensors] for tensors in (self.params, self.grads))
+        return params, grads
+
+    def parameters(self) -> list[Tensor]:
+        params, grads = self.copies()
+        leaves: list[Tensor] = [torch.nn.Parameter(p) for p in params]
+        for leaf, grad in zip(leaves, grads, strict=True):
+            leaf.grad = grad
+        return leaves
+
+    def buffers(self) -> list[Tensor]:
+        return [torch.zeros_like(p, dtype=self.math) for p in self.params]
+
+    def traffic(self, num_buffers: int, buffer_bytes: int | None = None) -> int:
+        """Params read and written, gradients read, each buffer read and written."""
+        return 3 * self.params_bytes + 2 * num_buffers * (self.buffer_bytes if buffer_bytes is None else buffer_bytes)
+
+    def field(self, contestants: list[Contestant], left_out: dict[str, str]) -> Field:
+        yardsticks = [make(contestants[0].bytes_moved, self.setting) for make in (copy, triad)]
+        count = sum(p.numel() for p in self.params)
+        return Field([*contestants, *yardsticks], len(self.params), count, self.params_bytes, left_out)
 
 
 def copy(moved: int, setting: Setting) -> Contestant:

@@ -21,65 +21,31 @@ COMPLEX = cmath.rect(0.9, math.pi / 8)
 Expected = Callable[[int], Sequence[Tensor]]
 
 
-class _Problem:
-    """Params and gradients of a case; every contestant takes copies of its own."""
+def _expected(problem: _inputs.Problem, momentum: complex) -> Expected:
+    """Params and real buffers after some steps of the reference in float64."""
 
-    def __init__(
-        self, setting: Setting, shapes: Sequence[_inputs.Shape], dtype: torch.dtype, channels_last: bool = False
-    ) -> None:
-        self.setting = setting
-        self.params = _inputs.normal(shapes, setting, 0, dtype)
-        self.grads = _inputs.normal(shapes, setting, 1, dtype)
-        if channels_last:
-            self.params = [p.contiguous(memory_format=torch.channels_last) for p in self.params]
-        self.math = _reference.opmath(dtype)
-        self.params_bytes = _inputs.num_bytes(self.params)
-        self.buffer_bytes = sum(p.numel() for p in self.params) * self.math.itemsize
+    @functools.cache
+    def after(num_steps: int) -> Sequence[Tensor]:
+        params, grads = ([t.double() for t in tensors] for tensors in (problem.params, problem.grads))
+        buffers, imag = ([torch.zeros_like(p) for p in params] for _ in range(2))
+        for _ in range(num_steps):
+            _reference.complex_sgd_step_(
+                params, grads, buffers, imag, LR, momentum=momentum.real, momentum_imag=momentum.imag
+            )
+        return [*params, *buffers]
 
-    def copies(self) -> tuple[list[Tensor], list[Tensor]]:
-        params, grads = ([t.clone() for t in tensors] for tensors in (self.params, self.grads))
-        return params, grads
-
-    def parameters(self) -> list[Tensor]:
-        params, grads = self.copies()
-        leaves: list[Tensor] = [torch.nn.Parameter(p) for p in params]
-        for leaf, grad in zip(leaves, grads, strict=True):
-            leaf.grad = grad
-        return leaves
-
-    def buffers(self) -> list[Tensor]:
-        return [torch.zeros_like(p, dtype=self.math) for p in self.params]
-
-    def traffic(self, num_buffers: int, buffer_bytes: int | None = None) -> int:
-        """Params read and written, gradients read, each buffer read and written."""
-        return 3 * self.params_bytes + 2 * num_buffers * (self.buffer_bytes if buffer_bytes is None else buffer_bytes)
-
-    def expected(self, momentum: complex) -> Expected:
-        """Params and real buffers after some steps of the reference in float64."""
-
-        @functools.cache
-        def after(num_steps: int) -> Sequence[Tensor]:
-            params, grads = ([t.double() for t in tensors] for tensors in (self.params, self.grads))
-            buffers, imag = ([torch.zeros_like(p) for p in params] for _ in range(2))
-            for _ in range(num_steps):
-                _reference.complex_sgd_step_(
-                    params, grads, buffers, imag, LR, momentum=momentum.real, momentum_imag=momentum.imag
-                )
-            return [*params, *buffers]
-
-        return after
-
-    def field(self, contestants: list[Contestant], left_out: dict[str, str]) -> Field:
-        yardsticks = [make(contestants[0].bytes_moved, self.setting) for make in (_inputs.copy, _inputs.triad)]
-        count = sum(p.numel() for p in self.params)
-        return Field([*contestants, *yardsticks], len(self.params), count, self.params_bytes, left_out)
+    return after
 
 
 # ---- contestants ----------------------------------------------------------------------------------------------------
 
 
 def _optimizer(
-    problem: _Problem, name: str, role: str, make: Callable[[list[Tensor]], torch.optim.Optimizer], expected: Expected
+    problem: _inputs.Problem,
+    name: str,
+    role: str,
+    make: Callable[[list[Tensor]], torch.optim.Optimizer],
+    expected: Expected,
 ) -> Contestant:
     params = problem.parameters()
     optimizer = make(params)
@@ -93,7 +59,7 @@ def _optimizer(
     return Contestant(name, role, optimizer.step, moved, written, expected)
 
 
-def _optimizers(problem: _Problem, expected: Expected, expected_real: Expected) -> list[Contestant]:
+def _optimizers(problem: _inputs.Problem, expected: Expected, expected_real: Expected) -> list[Contestant]:
     """Ours, and the optimizers that a user would compare it with."""
     own_buffers = problem.params[0].dtype == problem.math
     kept = "" if own_buffers else f", {str(problem.params[0].dtype).removeprefix('torch.')} buffer"
@@ -126,7 +92,7 @@ def _optimizers(problem: _Problem, expected: Expected, expected_real: Expected) 
     ]
 
 
-def _eager_complex(problem: _Problem, expected: Expected) -> Contestant:
+def _eager_complex(problem: _inputs.Problem, expected: Expected) -> Contestant:
     """A complex64 buffer. Adding g to its real part saves the complex copy of g that ``buf + g`` makes."""
     params, grads = problem.copies()
     buffers = [torch.zeros_like(p, dtype=torch.complex64) for p in params]
@@ -143,7 +109,7 @@ def _eager_complex(problem: _Problem, expected: Expected) -> Contestant:
     )
 
 
-def _eager_pair(problem: _Problem, expected: Expected) -> Contestant:
+def _eager_pair(problem: _inputs.Problem, expected: Expected) -> Contestant:
     """Two real buffers and a scratch tensor that is kept: the fewest passes over memory that eager calls allow."""
     params, grads = problem.copies()
     real, imag = problem.buffers(), problem.buffers()
@@ -162,7 +128,7 @@ def _eager_pair(problem: _Problem, expected: Expected) -> Contestant:
     )
 
 
-def _compiled(problem: _Problem, expected: Expected) -> Contestant:
+def _compiled(problem: _inputs.Problem, expected: Expected) -> Contestant:
     """The same arithmetic fused by torch.compile."""
     params, grads = problem.copies()
     real, imag = problem.buffers(), problem.buffers()
@@ -186,7 +152,7 @@ def _compiled(problem: _Problem, expected: Expected) -> Contestant:
     )
 
 
-def _bare(problem: _Problem, expected: Expected, expected_real: Expected) -> list[Contestant]:
+def _bare(problem: _inputs.Problem, expected: Expected, expected_real: Expected) -> list[Contestant]:
     """The ops below the optimizers, on lists made beforehand."""
     params, grads = problem.copies()
     real, imag = problem.buffers(), problem.buffers()
@@ -239,8 +205,8 @@ def _steps(
     compiled: bool = False,
 ) -> Callable[[Setting], Field]:
     def build(setting: Setting) -> Field:
-        problem = _Problem(setting, shapes(setting), dtype, channels_last)
-        expected, expected_real = problem.expected(COMPLEX), problem.expected(REAL)
+        problem = _inputs.Problem(setting, shapes(setting), dtype, channels_last)
+        expected, expected_real = _expected(problem, COMPLEX), _expected(problem, REAL)
         contestants = _optimizers(problem, expected, expected_real)
         contestants.append(_eager_complex(problem, expected))
         left_out = {}
@@ -258,8 +224,8 @@ def _steps(
 
 
 def _build_bare(setting: Setting) -> Field:
-    problem = _Problem(setting, _inputs.many_small(setting), torch.float32)
-    return problem.field(_bare(problem, problem.expected(COMPLEX), problem.expected(REAL)), {})
+    problem = _inputs.Problem(setting, _inputs.many_small(setting), torch.float32)
+    return problem.field(_bare(problem, _expected(problem, COMPLEX), _expected(problem, REAL)), {})
 
 
 _BYTES = "7 words an element against 5: 1.40x is the ratio of bytes"

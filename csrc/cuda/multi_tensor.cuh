@@ -2,9 +2,13 @@
 //
 // An op is a class with
 //   using Operands = cuda::Operands<P, const P, ...>   the element types, const where only read
-//   struct Arguments                                   what its constructor takes, passed to the kernel by value
-//   explicit Op(const Arguments&)                      run by every thread of a block, so that it may hold barriers
-//   bool wanted() const                                false where nothing is to be done; the same for every thread
+//   static constexpr uint32_t kMinBlocks               blocks on a multiprocessor, where 4 would leave too few
+//   registers struct Arguments                                   what its constructor takes, passed to the kernel by
+//   value explicit Op(const Arguments&)                      run by every thread of a block, so that it may hold
+//   barriers bool wanted() const                                false where nothing is to be done; the same for every
+//   thread void begin_chunk(const void* rider)                run by every thread of the block before each chunk; only
+//   if the
+//                                                      list has one operand more, an address for each tensor
 //   void operator()(P&, const P&, ...)                 one element, in registers
 //   void end_chunk(int64_t chunk)                      run by every thread of the block after each chunk
 //
@@ -17,6 +21,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -85,11 +90,11 @@ struct Table {
     return low;
   }
 };
-static_assert(sizeof(Table<FlatEntry<4>>) <= kTableBytes && sizeof(Table<StridedEntry<4>>) <= kTableBytes);
+static_assert(sizeof(Table<FlatEntry<7>>) <= kTableBytes && sizeof(Table<StridedEntry<7>>) <= kTableBytes);
 
 // Elements [begin, begin + length) of a flat entry.
-template <class Op, class... Ts>
-__device__ __forceinline__ void run_chunk(Op& op, Operands<Ts...>, const FlatEntry<sizeof...(Ts)>& entry, int64_t begin,
+template <class Op, class... Ts, int kOperands>
+__device__ __forceinline__ void run_chunk(Op& op, Operands<Ts...>, const FlatEntry<kOperands>& entry, int64_t begin,
                                           int length) {
   constexpr int kWidth = Operands<Ts...>::kWidth;
   [&]<size_t... k>(std::index_sequence<k...>) {
@@ -102,24 +107,24 @@ __device__ __forceinline__ void run_chunk(Op& op, Operands<Ts...>, const FlatEnt
   }(std::index_sequence_for<Ts...>{});
 }
 
-// Where element `rest`, counted in row-major order, lies in each operand. Index: any unsigned type that can hold numel.
-template <class Index, int kOperands>
-__device__ __forceinline__ void locate(const StridedEntry<kOperands>& entry, Index rest,
-                                       int64_t (&offsets)[kOperands]) {
-  for (int k = 0; k < kOperands; ++k) offsets[k] = 0;
+// Where element `rest`, counted in row-major order, lies in the first operands. Index: any unsigned type that can hold
+// numel.
+template <class Index, int kOperands, int kWalked>
+__device__ __forceinline__ void locate(const StridedEntry<kOperands>& entry, Index rest, int64_t (&offsets)[kWalked]) {
+  for (int k = 0; k < kWalked; ++k) offsets[k] = 0;
   for (int d = entry.ndim - 1; d >= 0; --d) {
     const Index size = static_cast<Index>(entry.sizes[d]);
     const Index outer = d > 0 ? rest / size : 0;
     const int64_t index = static_cast<int64_t>(rest - outer * size);
-    for (int k = 0; k < kOperands; ++k) offsets[k] += index * entry.strides[k][d];
+    for (int k = 0; k < kWalked; ++k) offsets[k] += index * entry.strides[k][d];
     rest = outer;
   }
 }
 
 // Elements [begin, begin + length) of a strided entry.
-template <class Op, class... Ts>
-__device__ __forceinline__ void run_chunk(Op& op, Operands<Ts...>, const StridedEntry<sizeof...(Ts)>& entry,
-                                          int64_t begin, int length) {
+template <class Op, class... Ts, int kOperands>
+__device__ __forceinline__ void run_chunk(Op& op, Operands<Ts...>, const StridedEntry<kOperands>& entry, int64_t begin,
+                                          int length) {
   const bool narrow = entry.numel <= int64_t{UINT32_MAX};  // a 32-bit division is several times faster
   [&]<size_t... k>(std::index_sequence<k...>) {
     for (int at = threadIdx.x; at < length; at += kThreads) {
@@ -134,8 +139,20 @@ __device__ __forceinline__ void run_chunk(Op& op, Operands<Ts...>, const Strided
   }(std::index_sequence_for<Ts...>{});
 }
 
+template <class Op>
+constexpr uint32_t min_blocks() {
+  if constexpr (requires { Op::kMinBlocks; }) {
+    return Op::kMinBlocks;
+  } else {
+    return kMinBlocks;
+  }
+}
+
 template <class Op, class Entry>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
+constexpr bool has_rider = std::extent_v<decltype(Entry::data)> > Op::Operands::kCount;
+
+template <class Op, class Entry>
+__global__ void __launch_bounds__(kThreads, min_blocks<Op>())
     multi_tensor_kernel(const Table<Entry> __grid_constant__ table,
                         const typename Op::Arguments __grid_constant__ arguments) {
   Op op(arguments);
@@ -146,6 +163,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     const int64_t begin = int64_t{chunk - table.first_chunk[i]} * kDeviceChunk;
     const int64_t rest = table.entries[i].numel - begin;
     const int length = static_cast<int>(rest < kDeviceChunk ? rest : kDeviceChunk);
+    if constexpr (has_rider<Op, Entry>) op.begin_chunk(table.entries[i].data[Op::Operands::kCount]);
     run_chunk(op, typename Op::Operands{}, table.entries[i], begin, length);
     op.end_chunk(table.chunks_before + chunk);
   }
@@ -171,9 +189,10 @@ cudaError_t launch_over(const std::vector<Entry>& entries, const typename Op::Ar
 }
 
 // Applies Op to a list. A launch has room for 726 flat entries of 4 operands or 85 strided ones, and for more of fewer.
-template <class Op>
-cudaError_t for_each_element(const TensorList<Op::Operands::kCount>& list, const typename Op::Arguments& arguments,
+template <class Op, int kOperands>
+cudaError_t for_each_element(const TensorList<kOperands>& list, const typename Op::Arguments& arguments,
                              cudaStream_t stream, uint32_t max_blocks = kMaxBlocks) {
+  static_assert(kOperands - Op::Operands::kCount == 0 || kOperands - Op::Operands::kCount == 1);
   int64_t chunks_before = 0;
   const cudaError_t error = launch_over<Op>(list.flat, arguments, stream, max_blocks, chunks_before);
   if (error != cudaSuccess) return error;

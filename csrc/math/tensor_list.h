@@ -2,7 +2,8 @@
 // ownership.
 //
 // Each entry holds the kOperands tensors that are walked together (a param, its grad, its buffers). An entry is flat
-// when all of them are dense with the same strides, so that they are walked as arrays; otherwise it is strided.
+// when all of them are dense with the same strides, so that they are walked as arrays; otherwise it is strided. The
+// last operand may be a rider: one address for the whole tensor, of elements of no size, with the strides of the first.
 #pragma once
 
 #include <algorithm>

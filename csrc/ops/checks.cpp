@@ -156,11 +156,34 @@ void ListCheck::finite(const char* name, double value) const {
   TORCH_CHECK_VALUE(std::isfinite(value), op_, ": ", name, " must be finite; got ", value, ".");
 }
 
+void ListCheck::require(const char* name, double value, bool holds, const char* rule, const char* remedy) const {
+  TORCH_CHECK_VALUE(holds, op_, ": ", name, " must ", rule, "; got ", value, ".", *remedy ? " " : "", remedy);
+}
+
+void ListCheck::count(const Argument& argument) const {
+  TORCH_CHECK_VALUE(argument.size() == leader_.size(), op_, ": ", argument.name, " must have the length of ",
+                    leader_.name, ", ", leader_.size(), "; got ", argument.size(), ".");
+}
+
 void ListCheck::strided(const Argument& argument, int64_t i) const {
   const at::Tensor& t = argument[i];
   TORCH_CHECK_TYPE(t.defined(), op_, ": ", argument.label(i), " must be a tensor; got None.");
   TORCH_CHECK_TYPE(t.layout() == at::kStrided, op_, ": ", argument.label(i), " must be a strided (dense) tensor; got ",
                    name_of(t.layout()), ". Call .to_dense() on it.");
+}
+
+void ListCheck::number(const Argument& argument, int64_t i) const {
+  const at::Tensor& t = argument[i];
+  strided(argument, i);
+  TORCH_CHECK_TYPE(contains(kReal, t.scalar_type()), op_, ": ", argument.label(i), " must be ", either(kReal), "; got ",
+                   name_of(t.scalar_type()), ".");
+  TORCH_CHECK_VALUE(t.numel() == 1, op_, ": ", argument.label(i), " must have one element; got shape ",
+                    tuple_of(t.sizes()), ".");
+}
+
+void ListCheck::beside(const Argument& argument, int64_t i) const {
+  TORCH_CHECK_VALUE(argument[i].device() == leader_[i].device(), op_, ": ", argument.label(i), " must be on ",
+                    leader_[i].device(), ", the device of ", leader_.label(i), "; got ", argument[i].device(), ".");
 }
 
 void ListCheck::may_write(const Argument& argument, int64_t i) const {
@@ -190,8 +213,7 @@ void ListCheck::leading(const char* name, const TensorRefs& tensors) {
 
 void ListCheck::following(const char* name, const TensorRefs& tensors, DtypeRule rule, bool written) {
   const Argument argument{name, &tensors, nullptr, written};
-  TORCH_CHECK_VALUE(argument.size() == leader_.size(), op_, ": ", name, " must have the length of ", leader_.name, ", ",
-                    leader_.size(), "; got ", argument.size(), ".");
+  count(argument);
   at::ScalarType ruled = at::ScalarType::Undefined;
   c10::ArrayRef<at::ScalarType> allowed;
   for (int64_t i = 0; i < argument.size(); ++i) {
@@ -202,8 +224,7 @@ void ListCheck::following(const char* name, const TensorRefs& tensors, DtypeRule
       allowed = rule(ruled);
     }
     strided(argument, i);
-    TORCH_CHECK_VALUE(t.device() == lead.device(), op_, ": ", argument.label(i), " must be on ", lead.device(),
-                      ", the device of ", leader_.label(i), "; got ", t.device(), ".");
+    beside(argument, i);
     TORCH_CHECK_TYPE(contains(allowed, t.scalar_type()), op_, ": ", argument.label(i), " must be ", either(allowed),
                      " beside ", leader_.label(i), " of ", name_of(ruled), "; got ", name_of(t.scalar_type()), ".");
     TORCH_CHECK_VALUE(t.sizes() == lead.sizes(), op_, ": ", argument.label(i), " must have the shape of ",
@@ -220,14 +241,22 @@ void ListCheck::following_or_empty(const char* name, const TensorRefs& tensors, 
   if (!tensors.empty()) following(name, tensors, rule, true);
 }
 
+void ListCheck::scalars(const char* name, const TensorRefs& tensors) {
+  const Argument argument{name, &tensors, nullptr, true};
+  count(argument);
+  for (int64_t i = 0; i < argument.size(); ++i) {
+    number(argument, i);
+    beside(argument, i);
+    may_write(argument, i);
+  }
+  arguments_.push_back(argument);
+}
+
 void ListCheck::scalar(const char* name, const at::Tensor* tensor, bool written, bool on_cpu) {
   if (tensor == nullptr) return;
   const at::Tensor& t = *tensor;
   const Argument argument{name, nullptr, tensor, written};
-  strided(argument, 0);
-  TORCH_CHECK_TYPE(contains(kReal, t.scalar_type()), op_, ": ", name, " must be ", either(kReal), "; got ",
-                   name_of(t.scalar_type()), ".");
-  TORCH_CHECK_VALUE(t.numel() == 1, op_, ": ", name, " must have one element; got shape ", tuple_of(t.sizes()), ".");
+  number(argument, 0);
   const at::Device device = leader_.size() == 0 ? t.device() : leader_[0].device();
   TORCH_CHECK_VALUE(t.device() == device || (on_cpu && t.is_cpu()), op_, ": ", name, " must be on ",
                     on_cpu && !device.is_cpu() ? "cpu or " : "", device, "; got ", t.device(), ".");

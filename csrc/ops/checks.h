@@ -24,6 +24,7 @@ class ListCheck {
   explicit ListCheck(const char* op) : op_(op) {}
 
   void finite(const char* name, double value) const;
+  void require(const char* name, double value, bool holds, const char* rule, const char* remedy = "") const;
 
   // The list that fixes count, shapes and device; it is written to.
   void leading(const char* name, const TensorRefs& tensors);
@@ -34,6 +35,9 @@ class ListCheck {
   // A list that may be left out only while `needed` is false.
   void following_or_empty(const char* name, const TensorRefs& tensors, DtypeRule rule, bool needed,
                           const char* needed_while);
+
+  // A list of one number, float32 or float64, beside each tensor of the leading list; it is written to.
+  void scalars(const char* name, const TensorRefs& tensors);
 
   // A tensor of one element, float32 or float64, on the CPU (if on_cpu) or beside the leading list. Null passes: None.
   void scalar(const char* name, const at::Tensor* t, bool written, bool on_cpu);
@@ -59,7 +63,10 @@ class ListCheck {
   };
   struct Span;  // the memory of one tensor
 
+  void count(const Argument& argument) const;
   void strided(const Argument& argument, int64_t i) const;
+  void number(const Argument& argument, int64_t i) const;
+  void beside(const Argument& argument, int64_t i) const;
   void may_write(const Argument& argument, int64_t i) const;
   void addresses(size_t count) const;
   void no_sharing(std::vector<Span> cluster) const;

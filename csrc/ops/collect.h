@@ -23,8 +23,8 @@ namespace nestopt::ops {
 template <int kOperands>
 using Operands = std::array<const at::Tensor*, kOperands>;
 
-template <int kOperands>
-bool walk_as_arrays(const Operands<kOperands>& tensors) {
+template <size_t kTensors>
+bool walk_as_arrays(const std::array<const at::Tensor*, kTensors>& tensors) {
   if (std::all_of(tensors.begin(), tensors.end(), [](const at::Tensor* t) { return t->is_contiguous(); })) return true;
   const at::Tensor& lead = *tensors[0];
   return lead.is_non_overlapping_and_dense() &&
@@ -32,34 +32,39 @@ bool walk_as_arrays(const Operands<kOperands>& tensors) {
                      [&](const at::Tensor* t) { return t->strides() == lead.strides(); });
 }
 
-template <int kOperands>
-void add_entry(TensorList<kOperands>& list, const Operands<kOperands>& tensors) {
+// `riders`: none, or the one address that the kernel gets beside the tensors.
+template <int kOperands, size_t kTensors, class... Riders>
+void add_entry(TensorList<kOperands>& list, const std::array<const at::Tensor*, kTensors>& tensors, Riders... riders) {
+  static_assert(kTensors + sizeof...(riders) == kOperands);
   const at::Tensor& lead = *tensors[0];
   if (lead.numel() == 0) return;
   void* data[kOperands];
-  for (int k = 0; k < kOperands; ++k) data[k] = const_cast<void*>(tensors[k]->const_data_ptr());
-  if (walk_as_arrays<kOperands>(tensors)) {
+  size_t next = 0;
+  for (const at::Tensor* t : tensors) data[next++] = const_cast<void*>(t->const_data_ptr());
+  ((data[next++] = const_cast<void*>(static_cast<const void*>(riders))), ...);
+  if (walk_as_arrays(tensors)) {
     FlatEntry<kOperands>& entry = list.flat.emplace_back();
     std::copy(std::begin(data), std::end(data), entry.data);
     entry.numel = lead.numel();
     return;
   }
-  int64_t element_sizes[kOperands];
+  int64_t element_sizes[kOperands] = {};
   std::vector<int64_t> strides[kOperands];
-  for (int k = 0; k < kOperands; ++k) {
-    element_sizes[k] = static_cast<int64_t>(tensors[k]->itemsize());
-    strides[k] = tensors[k]->strides().vec();
+  for (size_t k = 0; k < kOperands; ++k) {
+    if (k < kTensors) element_sizes[k] = static_cast<int64_t>(tensors[k]->itemsize());
+    strides[k] = tensors[k < kTensors ? k : 0]->strides().vec();
   }
   add_strided(list, data, element_sizes, lead.sizes().vec(), strides);
 }
 
-// Builds the list of the entries i with keep(i); `operands(i)` names the tensors of entry i.
-template <int kOperands, class Keep, class Of>
-TensorList<kOperands> collect(int64_t count, Keep keep, Of operands) {
+// Builds the list of the entries i with keep(i); `operands(i)` names the tensors of entry i, and `rider(i)`, if given,
+// the address that rides with them.
+template <int kOperands, class Keep, class Of, class... Rider>
+TensorList<kOperands> collect(int64_t count, Keep keep, Of operands, Rider... rider) {
   TensorList<kOperands> list;
   list.flat.reserve(count);
   for (int64_t i = 0; i < count; ++i) {
-    if (keep(i)) add_entry<kOperands>(list, operands(i));
+    if (keep(i)) add_entry(list, operands(i), rider(i)...);
   }
   list.finish();
   return list;

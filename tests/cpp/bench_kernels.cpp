@@ -9,9 +9,11 @@
 #include <cstdlib>
 #include <functional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
+#include "cpu/complex_adam.h"
 #include "cpu/complex_sgd.h"
 #include "cpu/neumann.h"
 #include "cpu/simd.h"
@@ -37,14 +39,18 @@ struct Case {
   }
 };
 
-// A list of 16 tensors over the given arrays.
-template <class... Ts>
-TensorList<sizeof...(Ts)> split(int64_t n, std::vector<Ts>&... arrays) {
+// A list of 16 tensors over the given arrays, which share the riders.
+template <class... Riders, class... Ts>
+TensorList<sizeof...(Ts) + sizeof...(Riders)> split(int64_t n, std::tuple<Riders*...> riders,
+                                                    std::vector<Ts>&... arrays) {
   constexpr int64_t kTensors = 16;
-  TensorList<sizeof...(Ts)> list;
+  TensorList<sizeof...(Ts) + sizeof...(Riders)> list;
   for (int64_t i = 0; i < kTensors; ++i) {
     const int64_t begin = n * i / kTensors;
-    list.flat.push_back({{arrays.data() + begin...}, n * (i + 1) / kTensors - begin});
+    const auto add = [&](auto*... rider) {
+      list.flat.push_back({{arrays.data() + begin..., rider...}, n * (i + 1) / kTensors - begin});
+    };
+    std::apply(add, riders);
   }
   list.finish();
   return list;
@@ -63,14 +69,20 @@ int main(int argc, char** argv) {
   std::vector<float> a(n, 1.0f), b(n, 0.5f), c(n, 0.25f), d(n, 0.125f), e(n, 0.0f);
   const nestopt::ComplexSgdScalars<float> sgd{1e-6f, 0.8f, 0.4f, 1.0f, 0.0f, 1.0f, false};
   const nestopt::NeumannScalars<float> neumann{1e-6f, 0.0f};
-  const auto complex_list = split(n, a, b, c, d);
-  const auto real_list = split(n, a, b, c);
+  nestopt::ComplexAdamScalars<float> adam = nestopt::complex_adam_scalars<float>(
+      {.lr = 1e-6, .beta1 = 0.8, .beta1_imag = 0.4, .beta2 = 0.999, .eps = 1e-8}, 10);
+  const auto adam_list = split(n, std::tuple(&adam), a, b, c, d, e);
+  const auto complex_list = split(n, std::tuple(), a, b, c, d);
+  const auto real_list = split(n, std::tuple(), a, b, c);
 
   std::vector<Case> cases;
   const auto chunks_of = [&](auto& list, auto body) {
     return [&list, body, num_threads] { in_threads(list.chunks(), num_threads, body); };
   };
   std::vector<double> norms(real_list.chunks());
+  cases.push_back({"complex_adam, complex momentum", 36.0 * n, chunks_of(adam_list, [&](int64_t first, int64_t last) {
+                     nestopt::cpu::complex_adam_chunks<true, false, float>(adam_list, first, last);
+                   })});
   cases.push_back({"complex_sgd, complex momentum", 28.0 * n, chunks_of(complex_list, [&](int64_t first, int64_t last) {
                      nestopt::cpu::complex_sgd_chunks<float>(complex_list, first, last, sgd);
                    })});

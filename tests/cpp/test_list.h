@@ -66,13 +66,23 @@ class TestList {
   static constexpr size_t kOperands = sizeof...(Ts);
   nestopt::TensorList<kOperands> list;
 
-  explicit TestList(const std::vector<Shape>& shapes) {
-    for (const Shape& shape : shapes) add(shape, std::index_sequence_for<Ts...>{});
+  explicit TestList(const std::vector<Shape>& shapes) : shapes_(shapes) {
+    for (const Shape& shape : shapes_) allocate(shape, std::index_sequence_for<Ts...>{});
+    for (size_t i = 0; i < shapes_.size(); ++i) add_to(list, i, std::index_sequence_for<Ts...>{});
     list.finish();
     std::mt19937 random(1);
     std::normal_distribution<double> normal;
     for_each(
         [&](size_t, Ts&... x) { ((x = nestopt::store<Ts>(static_cast<nestopt::math_t<Ts>>(normal(random)))), ...); });
+  }
+
+  // The list with one operand more, the address rider(entry).
+  template <class Rider>
+  nestopt::TensorList<kOperands + 1> with_rider(Rider rider) const {
+    nestopt::TensorList<kOperands + 1> ridden;
+    for (size_t i = 0; i < shapes_.size(); ++i) add_to(ridden, i, std::index_sequence_for<Ts...>{}, rider(i));
+    ridden.finish();
+    return ridden;
   }
 
   // Calls body(entry, Ts&...) for every element.
@@ -96,16 +106,25 @@ class TestList {
   }
 
  private:
+  std::vector<Shape> shapes_;
   std::vector<std::array<GuardedTensor, kOperands>> tensors_;
 
   template <size_t... k>
-  void add(const Shape& shape, std::index_sequence<k...>) {
-    const auto& tensors = tensors_.emplace_back(std::array{GuardedTensor(shape, k, sizeof(Ts))...});
+  void allocate(const Shape& shape, std::index_sequence<k...>) {
+    tensors_.emplace_back(std::array{GuardedTensor(shape, k, sizeof(Ts))...});
+  }
+
+  template <int kAll, size_t... k, class... Riders>
+  void add_to(nestopt::TensorList<kAll>& to, size_t i, std::index_sequence<k...>, Riders*... riders) const {
+    const Shape& shape = shapes_[i];
     if (shape.strides.empty()) {
-      list.flat.push_back({{tensors[k].data()...}, shape.numel()});
-    } else {
-      std::vector<int64_t> strides[] = {shape.stride(k)...};
-      nestopt::add_strided<kOperands>(list, {tensors[k].data()...}, {int64_t{sizeof(Ts)}...}, shape.sizes, strides);
+      to.flat.push_back({{tensors_[i][k].data()..., riders...}, shape.numel()});
+      return;
     }
+    constexpr int64_t kElementSizes[kAll] = {int64_t{sizeof(Ts)}...};
+    void* const data[kAll] = {tensors_[i][k].data()..., riders...};
+    std::vector<int64_t> strides[kAll] = {shape.stride(k)...};
+    for (int rider = kOperands; rider < kAll; ++rider) strides[rider] = shape.stride(0);
+    nestopt::add_strided<kAll>(to, data, kElementSizes, shape.sizes, strides);
   }
 };

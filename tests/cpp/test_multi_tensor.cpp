@@ -34,6 +34,19 @@ struct Increment {
   int* ends;
 };
 
+// Adds to each element the number of its entry.
+struct AddRider {
+  using Operands = cuda::Operands<float>;
+  struct Arguments {};
+
+  explicit AddRider(const Arguments&) {}
+  bool wanted() const { return true; }
+  void begin_chunk(const void* rider) { number = *static_cast<const float*>(rider); }
+  void operator()(float& x) const { x += number; }
+  void end_chunk(int64_t) { number = -1; }
+  float number = -1;
+};
+
 bool all_are_one(const std::vector<int>& counts) {
   return std::all_of(counts.begin(), counts.end(), [](int n) { return n == 1; });
 }
@@ -67,6 +80,18 @@ TEST(every_element_and_chunk_is_met_once_whatever_the_grid) {
     }
   }
   fibre::seed = 0;
+}
+
+TEST(every_chunk_is_told_the_rider_of_its_entry) {
+  for (uint32_t max_blocks : {1u, 7u, kMaxBlocks}) {
+    TestList<float> got(all_shapes(kDeviceChunk, 9)), want(all_shapes(kDeviceChunk, 9));
+    std::vector<float> numbers(1000);
+    std::iota(numbers.begin(), numbers.end(), 1.0f);
+    want.for_each([&](size_t i, float& x) { x += numbers[i]; });
+    const auto list = got.with_rider([&](size_t i) { return &numbers[i]; });
+    CHECK(for_each_element<AddRider>(list, {}, nullptr, max_blocks) == cudaSuccess);
+    got.expect_same(want, "with blocks", max_blocks);
+  }
 }
 
 TEST(a_long_list_takes_as_few_launches_as_tables) {
