@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nestopt_ext.experiments import cli
+from nestopt_ext.experiments import cli, cli_tune
 
 pytest.importorskip("sklearn")
 
@@ -225,7 +225,7 @@ def test_ctrl_c_before_the_run_began_promises_nothing(tmp_path, capsys, monkeypa
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load_inputs", interrupt)
+    monkeypatch.setattr(cli_tune, "load_inputs", interrupt)
     assert run("tune", *SMALL, "--output", str(tmp_path / "o")) == 130
     assert "--resume" not in capsys.readouterr().err and not list(tmp_path.iterdir())
 

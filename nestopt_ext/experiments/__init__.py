@@ -1,4 +1,4 @@
-"""Published experiments on real data, and what the command line runs.
+"""Published experiments, and what the command line runs: `tune` on real data, and `nestopt_ext.experiments.games`.
 
 `tune` (``python -m nestopt_ext tune``) has one hyperparameter for every weight of a network, or for every training
 example, and moves them by implicit differentiation. What to expect of it: mean and standard deviation of the test part
