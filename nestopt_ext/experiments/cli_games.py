@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from .._progress import ProgressBar
 from .checkpoint import CheckpointError
 from .command import Call, StopRequest, UsageError, free_folder, print_tables, say_no_picture
 from .games import (
@@ -23,7 +24,6 @@ from .games import (
     spectra_report,
 )
 from .games._config import GameConfig
-from .games._folder import begin, check_usable
 from .games.adversarialness import SweepConfig, sweep
 from .games.adversarialness import num_pieces as sweep_pieces
 from .games.bilinear import BilinearConfig, bilinear
@@ -35,8 +35,7 @@ from .games.mixture import num_pieces as mixture_pieces
 from .games.mixture_config import MixtureConfig
 from .games.spectra import SpectraConfig, check_inputs, spectra
 from .games.spectra import num_pieces as spectra_pieces
-from .report import ProgressBar
-from .run_folder import CONFIG
+from .run_folder import FolderError, begin, check_usable, stored_config
 from .tune import Interrupted
 
 Table = tuple[list[str], list[list[str]]]
@@ -47,7 +46,7 @@ class _Experiment:
     """What the command line must know of an experiment.
 
     ``quick`` is what --quick sets where nothing else is said: a look at the whole path in a few seconds, not a result.
-    ``options`` are flag, type, placeholder and help. ``resumable`` tells whether an interrupted run can be continued.
+    ``options`` are flag, type, placeholder and help.
     """
 
     text: str
@@ -59,7 +58,6 @@ class _Experiment:
     tables: Callable[[Any], list[Table]]
     findings: Callable[[Any], list[str]]
     save_pictures: Callable[[Path, Any], None]
-    resumable: bool = False
     check_inputs: Callable[[Any], None] = lambda config: None
 
 
@@ -177,7 +175,6 @@ _EXPERIMENTS = {
         lambda result: [mixture_report.table_rows(result)],
         mixture_report.findings,
         mixture_plots.save_pictures,
-        resumable=True,
     ),
 }
 
@@ -210,14 +207,14 @@ def _add(experiments: Any, name: str, experiment: _Experiment) -> None:
         help=f"folder for what the run leaves (runs/games-{name}-<seed>, with -run2 and so on when taken)",
     )
     parser.add_argument("--overwrite", action="store_true", help="start anew in an output folder that holds a run")
-    if experiment.resumable:
+    if experiment.config.resumable:
         parser.add_argument(
             "--resume", metavar="DIR", help="continue the run in DIR to the numbers of an uninterrupted one"
         )
     parser.add_argument("--quick", action="store_true", help="a small run of a few seconds, to see the whole path")
 
     def run(typed: dict[str, Any]) -> int:
-        call = Call(f"games {name}", (CheckpointError,), resumable=experiment.resumable)
+        call = Call(f"games {name}", (CheckpointError,), resumable=experiment.config.resumable)
         return call.exit_code(lambda call: _run(experiment, typed, call))
 
     parser.set_defaults(run=run)
@@ -252,7 +249,7 @@ def _run(experiment: _Experiment, typed: dict[str, Any], call: Call) -> int:
     if not job.resume:
         begin(job.folder, job.config, overwrite=job.overwrite)
     call.begun = job.folder
-    further = {"resume": job.resume} if experiment.resumable else {}
+    further = {"resume": job.resume} if experiment.config.resumable else {}
     bar = ProgressBar(experiment.num_pieces(job.config))
     with StopRequest() as stop:
         try:
@@ -301,10 +298,9 @@ def _prepare(experiment: _Experiment, typed: dict[str, Any]) -> _Job:
 def _stored(experiment: _Experiment, folder: Path, typed: dict[str, Any]) -> GameConfig:
     """The configuration of the run in ``folder``; what was typed must agree with it."""
     try:
-        text = (folder / CONFIG).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--resume {folder}: {CONFIG} cannot be read. There is no run to continue.") from error
-    config = experiment.config.from_json(text, folder / CONFIG)
+        config: GameConfig = stored_config(folder, experiment.config)
+    except FolderError as error:
+        raise UsageError(f"--resume {error} There is no run to continue.") from error
     for name, value in typed.items():
         if value != getattr(config, name):
             option = "--" + name.replace("_", "-")

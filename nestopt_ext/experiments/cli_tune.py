@@ -5,13 +5,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from .._progress import ProgressBar
 from . import config as choices
 from . import data, run_folder
 from .checkpoint import CheckpointError
 from .command import Call, StopRequest, UsageError, free_folder, say_no_picture
 from .config import TuneConfig
 from .plots import save_picture
-from .report import ProgressBar, print_table
+from .report import print_table
 from .run_folder import FolderError
 from .tune import Interrupted, TuneError, load_inputs, tune
 
@@ -157,14 +158,14 @@ def _prepare(typed: dict[str, Any]) -> _Job:
     config = TuneConfig(**({**_QUICK, **typed} if quick else typed)).resolved()
     default = _default_folder(config)
     folder = Path(output) if output is not None else default if overwrite else free_folder(default)
-    run_folder.check_usable(folder, overwrite=overwrite)
+    run_folder.check_usable(folder, config, overwrite=overwrite)
     return _Job(config, folder, overwrite=overwrite)
 
 
 def _stored(folder: Path, typed: dict[str, Any]) -> TuneConfig:
     """The configuration of the run in ``folder``; what was typed must agree with it, but the data may have moved."""
     try:
-        config = run_folder.stored_config(folder)
+        config: TuneConfig = run_folder.stored_config(folder, TuneConfig)
     except FolderError as error:
         raise UsageError(f"--resume {error} There is no run to continue.") from error
     moved = {"data_dir": typed.pop("data_dir")} if "data_dir" in typed else {}

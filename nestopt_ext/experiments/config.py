@@ -5,12 +5,13 @@ import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from ..solvers import Neumann
 from . import data
+from .run_folder import CHECKPOINT, LOG, PICTURE
 
 HPARAMS = ("per-weight-decay", "per-example-weight")
 MODELS = ("linear", "mlp", "cnn")
@@ -48,6 +49,10 @@ class TuneConfig:
     (Identity: 1). trials: global decays that random search tries, each trained as long as the tuned model.
     threads: of the CPU; one unless the model is a cnn, since shorter steps are not worth sharing out.
     """
+
+    files: ClassVar[tuple[str, ...]] = (LOG, CHECKPOINT, PICTURE)
+    resumable: ClassVar[bool] = True
+    kind: ClassVar[str] = "tuning run"
 
     hparams: str = "per-weight-decay"
     data: str = "digits"

@@ -1,4 +1,4 @@
-"""What a run leaves behind in words: the JSON lines, the progress bar and the closing table."""
+"""What a run leaves behind in words: the JSON lines and the closing table."""
 
 import json
 import math
@@ -64,38 +64,6 @@ class JsonLog:
     ) -> None:
         if self._file is not None:
             self._file.close()
-
-
-class ProgressBar:
-    """A tqdm bar on a terminal; silent where stderr is no terminal or tqdm is not installed."""
-
-    def __init__(self, total: int) -> None:
-        self._bar: Any = None
-        if not sys.stderr.isatty():
-            return
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            print("No progress bar: tqdm is not installed (pip install nestopt_ext[experiments]).", file=sys.stderr)
-            return
-        self._bar = tqdm(total=total, unit="step", dynamic_ncols=True, leave=False)
-
-    def stage(self, label: str) -> None:
-        """Names the model that is being trained."""
-        if self._bar is not None:
-            self._bar.set_description(label)
-
-    def advance(self, steps: int, note: str = "") -> None:
-        """Moves the bar."""
-        if self._bar is not None:
-            if note:
-                self._bar.set_postfix_str(note, refresh=False)
-            self._bar.update(steps)
-
-    def close(self) -> None:
-        """Takes the bar off the screen."""
-        if self._bar is not None:
-            self._bar.close()
 
 
 def table_rows(result: "TuneResult") -> tuple[list[str], list[list[str]]]:

@@ -17,8 +17,14 @@ class GameConfig:
 
     experiment: ClassVar[str]
     files: ClassVar[tuple[str, ...]]
+    resumable: ClassVar[bool] = False
 
     seed: int = 0
+
+    @property
+    def kind(self) -> str:
+        """What messages call such a run."""
+        return f"run of games {self.experiment}"
 
     def check(self) -> None:
         """Raises ConfigError, a line that names the option, when a choice is out of range."""

@@ -93,6 +93,7 @@ class MixtureConfig(GameConfig):
 
     experiment: ClassVar[str] = "mixture"
     files: ClassVar[tuple[str, ...]] = (LOG, CHECKPOINT, HEAT_MAP, SAMPLES)
+    resumable: ClassVar[bool] = True
 
     moduli: tuple[float, ...] = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95)
     angles: tuple[float, ...] = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)

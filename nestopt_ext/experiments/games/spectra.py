@@ -35,7 +35,7 @@ from ...games import (
 )
 from ..checkpoint import CheckpointError
 from ..config import ConfigError
-from ..run_folder import CHECKPOINT, CONFIG, LOG
+from ..run_folder import CHECKPOINT, LOG, FolderError, stored_config
 from ..tune import Interrupted, Progress
 from ._config import GameConfig, between, whole
 from ._contest import RECOMMENDED, steps_at
@@ -243,13 +243,13 @@ def _steps(eigenvalues: Tensor, *, scale: float) -> list[Step]:
 def finished_mixture(folder: Path) -> MixtureResult:
     """The result of the finished run in ``folder``, which is only read. Raises ConfigError when there is none."""
     try:
-        config = MixtureConfig.from_json((folder / CONFIG).read_text(encoding="utf-8"), folder / CONFIG)
+        config = stored_config(folder, MixtureConfig)
         with tempfile.TemporaryDirectory() as copy:
             for name in (CHECKPOINT, LOG):
                 shutil.copyfile(folder / name, Path(copy) / name)
             # Nothing is trained: a run that is not finished stops at its first look.
             return mixture(config, Path(copy), resume=True, should_stop=lambda: True)
-    except (OSError, UnicodeDecodeError, CheckpointError, Interrupted) as error:
+    except (OSError, FolderError, CheckpointError, Interrupted) as error:
         raise ConfigError(f"--mixture must be the folder of a finished run of games mixture; got {folder}.") from error
 
 
