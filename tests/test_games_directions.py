@@ -10,6 +10,7 @@ from game_cases import Dense, ModuleGame, SmoothGame, dense_of
 
 from nestopt_ext import games
 from nestopt_ext.games import parameters
+from nestopt_ext.games._players import dot
 
 TOL = {"rtol": 1e-10, "atol": 1e-11}
 
@@ -146,6 +147,27 @@ def test_sga_aligns_with_both_signs():
     for seed in range(6):
         losses, players, dense = at(SmoothGame(seed), SmoothGame(seed).start)
         torch.testing.assert_close(flat(games.sga(losses, players)), sga(dense), **TOL)
+
+
+@pytest.mark.parametrize(("curvature", "sign"), [(0.15, 1.0), (0.25, -1.0)])
+def test_sga_adds_a_tenth_to_the_mean_product(curvature, sign):
+    """With J = [[-c, 1], [-1, -c]] and |xi| = 1 the inner products are -c and 1, and d = 2: sign(0.1 - c / 2)."""
+    jacobian = torch.tensor([[-curvature, 1], [-1, -curvature]], dtype=F64)
+    x, y = (v.clone().requires_grad_() for v in torch.linalg.inv(jacobian)[:, 0])  # so that xi = (1, 0)
+    losses = [x * y - curvature * x**2 / 2, -x * y - curvature * y**2 / 2]
+    torch.testing.assert_close(flat(games.sga(losses, [x, y])), torch.tensor([1.0, sign], dtype=F64), **TOL)
+
+
+@pytest.mark.parametrize(("size", "p"), [(0.11, 1.0), (0.09, 0.09**2)])
+def test_sos_fades_out_where_the_norm_is_below_b(size, p):
+    x, y = (torch.tensor(v, dtype=F64, requires_grad=True) for v in (0.0, size))
+    wanted = torch.tensor([size, 0.5 * size + p * 0.5 * size], dtype=F64)  # xi + lr (x, y) + p lr (x, y)
+    torch.testing.assert_close(flat(games.sos([x * y, -x * y], [x, y], lr=0.5)), wanted, **TOL)
+
+
+def test_inner_products_keep_the_digits_of_the_widest_dtype():
+    single, double = torch.ones(1), torch.full((1,), 1e-5, dtype=F64)
+    assert dot([single, double], [single, double], None).item() == 1 + 1e-10
 
 
 # ---- definitions -----------------------------------------------------------------------------------------------------

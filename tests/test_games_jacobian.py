@@ -201,6 +201,13 @@ def test_an_operation_without_second_derivative_is_named():
         gradients(losses, [x, y], create_graph=True)
 
 
+def test_an_operation_without_second_derivative_is_named_where_its_cotangent_is_constant():
+    x, y = (torch.ones(2, requires_grad=True) for _ in range(2))
+    losses = [OnceDifferentiable.apply(x).sum() + (x * y).sum(), -(x * y).sum()]
+    with pytest.raises(RuntimeError, match=r"losses\[0\] must be twice differentiable.*once_differentiable"):
+        game_jacobian(losses, [x, y])
+
+
 def test_an_operation_without_second_derivative_that_shows_in_the_product_is_named():
     x = torch.randn(1, 4, 8, requires_grad=True)
     y = torch.ones((), requires_grad=True)
@@ -244,6 +251,7 @@ BAD = {
         ValueError,
         r"players\[0\] must have leading dimension 1",
     ),
+    "no starts": (lambda x, y: ([x[:0], y[:0]], [x, y]), ValueError, "losses must be of at least one start"),
     "complex": (lambda x, y: ([x.sum() * 1j, y.sum()], [x, y]), TypeError, r"losses\[0\] must be of a real"),
 }
 

@@ -233,7 +233,17 @@ def test_rates_broadcast():
 
 
 def test_eigenvalue_zero_has_rate_one():
-    assert convergence_rate([1.0, 0.0], 0.1, 0.5).item() == pytest.approx(1, abs=1e-12)
+    assert convergence_rate([1.0, 0.0], 0.1, 0.5).item() == 1
+
+
+@pytest.mark.parametrize("alternating", [False, True])
+def test_where_nothing_moves_rounding_does_not_make_it_converge(alternating):
+    unit = torch.rand(2, 200, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    beta = torch.polar(1 - 10 ** (-4 * unit[0]), math.pi * unit[1])
+    for momenta in (beta, beta.real):
+        for eigenvalues, lr in (([0.0, 0.0], 0.3), ([1j, -1j], 0.0), ([1e-17j, -1e-17j], 0.3)):
+            assert bool((convergence_rate(eigenvalues, lr, momenta, alternating=alternating) == 1).all())
+            assert not bool(converges(eigenvalues, lr, momenta, alternating=alternating).any())
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,16 @@
 import cmath
 import math
 import sys
+from contextlib import nullcontext
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from cases import F64, normal
 from game_cases import ModuleGame, SmoothGame
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import nestopt_ext as nx
 from nestopt_ext import games
@@ -304,6 +307,19 @@ def test_a_nan_after_convergence_is_not_hidden():
     assert played.failed_at.tolist() == [-1, 2]
 
 
+def test_a_start_that_has_failed_cannot_converge_any_more():
+    class Apart:
+        players = (torch.tensor([[5.0], [1.0]], requires_grad=True),)
+        solution = (torch.zeros(1),)
+
+        def losses(self, players):
+            return (players[0].square().sum(1) / 2,)
+
+    played = simultaneous(Apart(), sgd(0.5), 100, tolerance=1e-3, divergence=3.0)
+    assert played.status is PlayStatus.diverged
+    assert (played.failed_at.tolist(), played.converged_at.tolist()) == ([0, -1], [-1, 10])
+
+
 def test_without_a_solution_the_size_of_the_direction_counts():
     class Unsolved:
         known = games.mixed([0.9, 0.5], generator=0)
@@ -319,6 +335,78 @@ def test_without_a_solution_the_size_of_the_direction_counts():
     norms = (torch.cat(played.recorded, dim=1) @ game.known.jacobian().T).norm(dim=1)
     assert norms[at] <= 1e-3 < norms[:at].min()
     assert played.num_steps == at + 1
+
+
+# ---- what the loops leave behind -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("play", [simultaneous, alternating])
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("failing", [2, 3, 4])
+def test_a_fault_between_the_half_steps_brings_the_players_back(play, kind, failing):
+    class Faulty(Coupled):
+        evaluations = 0
+
+        def losses(self, players):
+            self.evaluations += 1
+            if self.evaluations == failing:
+                raise kind
+            return super().losses(players)
+
+    game = Faulty()
+    optimizers = [nx.ExtraSGD([p], lr=0.1) for p in game.players]
+    with pytest.raises(kind):
+        play(game, optimizers, 5)
+    assert not any(group["extrapolated"] for o in optimizers for group in o.param_groups)
+    wanted = []
+    for steps in range(3):  # each player is where it was after a whole number of steps
+        reference = Coupled()
+        play(reference, lambda params: nx.ExtraSGD(params, lr=0.1), steps)
+        wanted.append([p.detach() for p in reference.players])
+    for i, player in enumerate(game.players):
+        assert any(torch.equal(player, at[i]) for at in wanted)
+    assert play(game, optimizers, 3).num_steps == 3
+
+
+@pytest.mark.parametrize("play", [simultaneous, alternating])
+def test_an_autocast_around_the_loop_sees_the_players_move(play):
+    class Cast:
+        def __init__(self, inside):
+            torch.manual_seed(0)
+            self.players = [nn.Linear(2, 1), nn.Linear(1, 1)]
+            self.inside = inside
+
+        def losses(self, players):
+            with torch.autocast("cpu", torch.bfloat16) if self.inside else nullcontext():
+                score = players[1](players[0](torch.ones(1, 2))).float().sum()
+            return [(score - 1) ** 2, -score]
+
+    seen = []
+    for around in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            seen.append(play(Cast(not around), sgd(0.1), 4, measure=lambda players: 0.0).losses)
+    assert len(seen[0].unique(dim=0)) == 5
+    assert torch.equal(seen[1], seen[0])
+
+
+@pytest.mark.parametrize("play", [simultaneous, alternating])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, nx.ExtraSGD, torch.optim.LBFGS])
+@pytest.mark.parametrize("direction", [None, partial(games.lola, lr=0.1)])
+def test_the_graphs_of_a_step_are_gone_before_the_next_ones_are_made(play, optimizer, direction):
+    class Counting(Coupled):
+        graphs: tuple = ()
+        most = 0
+
+        def losses(self, players):
+            self.graphs = [g for g in self.graphs if not g.expired()]
+            self.most = max(self.most, len(self.graphs))
+            kept = players[0].exp()  # its backward needs its result
+            self.graphs.append(StorageWeakRef(kept.untyped_storage()))
+            return [loss + kept.square().sum() for loss in super().losses(players)]
+
+    game = Counting()
+    play(game, lambda params: optimizer(params, lr=0.01), 3, direction=direction)
+    assert game.most == 0
 
 
 # ---- records ---------------------------------------------------------------------------------------------------------
@@ -346,8 +434,30 @@ def test_measures_may_be_numbers_tensors_or_several():
     assert played.recorded["sum"].shape == (3,)
     assert played.recorded["eigenvalues"].shape == (3, 4)
     assert simultaneous(game, sgd(0.1), 2, measure=lambda players: (1.0, 2)).recorded[1].tolist() == [2, 2, 2]
+    one = simultaneous(game, sgd(0.1), 2, measure=lambda players: np.float32(0.5))
+    assert one.recorded.tolist() == [0.5, 0.5, 0.5]
     with pytest.raises(TypeError, match=r"simultaneous: measure\(players\) must be a Tensor"):
         simultaneous(game, sgd(0.1), 2, measure=lambda players: "many")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((torch.zeros(2), torch.zeros(3)), r"measure\(players\) must have the shape .* \(2,\); got \(3,\)"),
+        (([1.0], [1.0, 2.0]), r"measure\(players\) must have 1 tensors; got 2"),
+        (({"a": 1.0}, {"b": 1.0}), r"measure\(players\) must have the keys \['a'\]; got \['b'\]"),
+    ],
+)
+def test_a_measure_that_changes_is_refused_when_it_does(values, message):
+    found = iter(values)
+    with pytest.raises(ValueError, match=message):
+        simultaneous(games.bilinear(generator=0), sgd(0.1), 1000, measure=lambda players: next(found))
+
+
+def test_trajectories_are_equal_only_to_themselves():
+    one, other = (simultaneous(games.bilinear(generator=0), sgd(0.1), 1) for _ in range(2))
+    assert one == one
+    assert one != other
 
 
 def test_records_do_not_share_the_players_memory():
@@ -474,5 +584,8 @@ def test_a_solution_of_other_shapes_is_refused():
     class Wrong(Coupled):
         solution = (torch.zeros(2), torch.zeros(2))
 
+    with pytest.raises(ValueError, match=r"game.solution must have the shapes of the players.*players\[0\]"):
+        simultaneous(Wrong(), sgd(0.1), 1, tolerance=0.1)
+    Wrong.solution = (torch.zeros(()), torch.zeros(()))  # right for three and two starts, but here is one
     with pytest.raises(ValueError, match=r"game.solution must have the shapes of the players.*players\[0\]"):
         simultaneous(Wrong(), sgd(0.1), 1, tolerance=0.1)

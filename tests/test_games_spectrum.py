@@ -116,6 +116,18 @@ def test_single_precision():
     check_pairs(found, matrix, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
+def test_jacobian_of_players_in_16_bits(dtype, rtol):
+    singular = torch.linspace(0.1, 3, 100).to(dtype)
+    x, y = (torch.zeros(100, dtype=dtype, requires_grad=True) for _ in range(2))
+    value = (x * singular * y).sum()
+    found = spectrum(nx.games.game_jacobian([value, -value], [x, y]), k=4)
+    wanted = singular.double().flip(0)[[0, 0, 1, 1]]
+    torch.testing.assert_close(found.eigenvalues.imag.abs(), wanted, rtol=rtol, atol=0)
+    assert found.eigenvector(0)[0][0].dtype == dtype
+    assert 0 < found.num_products < 400
+
+
 def test_whole_matrix_in_order():
     matrix = random(40, 40)
     found = spectrum(matrix)

@@ -28,13 +28,17 @@ Polynomial: TypeAlias = list[Tensor]
 
 
 def simultaneous_roots(method: Method, step: Tensor, beta: Tensor) -> Tensor:
-    """The eigenvalues of the map for ``step`` = lr s, shape (..., degree); a real ``beta`` leaves out those unused."""
-    numerator, denominator = _filter(method, beta)
+    """The eigenvalues of the map for ``step`` = lr s, shape (..., degree); a real ``beta`` leaves out those unused.
+
+    They are found as u = x - 1, from u D(1 + u) + step N(1 + u): near 1, where stability is decided, u keeps digits
+    that x has not got, and where nothing moves one root is 1 without rounding.
+    """
+    numerator, denominator = (_around_one(p) for p in _filter(method, beta))
     if method == "extragradient":
         step = step * (1 - step)
-    drift = _times_shift_minus_one(denominator)
+    drift = [*denominator[1:], 0 * denominator[0]]
     pulled = [coefficient * step for coefficient in numerator]
-    return _roots([drift[0], *(a + b for a, b in zip(drift[1:], pulled, strict=True))])
+    return 1 + _roots([denominator[0], *(a + b for a, b in zip(drift, pulled, strict=True))])
 
 
 def alternating_roots(method: Method, turn: Tensor, beta: Tensor) -> Tensor:
@@ -73,6 +77,15 @@ def _filter(method: Method, beta: Tensor) -> tuple[Polynomial, Polynomial]:
     if method == "momentum":
         return [one, -real, 0 * one], denominator
     return [1 + real, -2 * real - squared, squared], denominator
+
+
+def _around_one(polynomial: Polynomial) -> Polynomial:
+    """The polynomial in u = x - 1, by repeated division by x - 1."""
+    shifted = list(polynomial)
+    for end in range(len(shifted), 1, -1):
+        for i in range(1, end):
+            shifted[i] = shifted[i] + shifted[i - 1]
+    return shifted
 
 
 def _times_shift_minus_one(polynomial: Polynomial) -> Polynomial:

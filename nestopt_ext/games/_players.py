@@ -126,6 +126,8 @@ def check_losses(caller: str, losses: Sequence[Tensor], players: Players) -> int
     if losses[0].dim() == 0:
         return None
     batch: int = losses[0].shape[0]
+    if batch == 0:
+        raise ValueError(f"{caller}: losses must be of at least one start; got shape (0,).")
     for name, tensor in zip(players.labels, players.tensors, strict=True):
         if tensor.dim() == 0 or tensor.shape[0] != batch:
             raise ValueError(

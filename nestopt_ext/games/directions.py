@@ -149,9 +149,9 @@ def sos(
     blocks = Blocks("sos", losses, players)
     ahead, shaping = _looking_ahead(blocks, lr), blocks.shaping()
     agreement = -lr * dot(shaping, ahead, blocks.batch)
-    bounded = (-a * dot(ahead, ahead, blocks.batch) / agreement).clamp(max=1.0)
+    bound = -a * dot(ahead, ahead, blocks.batch) / agreement
     square = dot(blocks.xi, blocks.xi, blocks.batch)
-    p = torch.minimum(torch.where(agreement < 0, bounded, 1.0), torch.where(square < b * b, square, 1.0))
+    p = torch.minimum(torch.where(agreement < 0, bound, 1.0), torch.where(square < b * b, square, 1.0))
     return blocks.players.pack(_minus(ahead, p * lr, shaping))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -26,9 +27,12 @@ Optimizers: TypeAlias = Sequence[Optimizer] | Callable[[TensorList], Optimizer]
 
 
 class _Move(Protocol):
-    """One step of the game from ``losses``, the losses at its beginning; returns what the players stepped along."""
+    """One step of the game from ``losses``, the losses at its beginning; returns what the players stepped along.
 
-    def __call__(self, losses: Sequence[Tensor]) -> TensorList: ...
+    Empties ``losses`` once they are of no use, so that their graphs are gone before the next ones are made.
+    """
+
+    def __call__(self, losses: TensorList) -> TensorList: ...
 
 
 def simultaneous(
@@ -55,7 +59,8 @@ def simultaneous(
         direction: ``(losses, players) ->`` tensors in the structure of the players, to step along in place of
             :func:`~nestopt_ext.games.gradients`; ``functools.partial(lola, lr=1.0)`` is one.
         measure: what to record of the players: a function of ``game.players`` that returns a number, a tensor, or a
-            list, tuple or dict of these. None records the players themselves.
+            list, tuple or dict of these, alike each time. None records the players themselves: a copy of all of them in
+            the host's memory for each record, too much for most networks.
         record_every: steps from record to record; None records the start and the end only.
         tolerance: a start has converged when its distance to ``game.solution`` is at most this, a Euclidean norm over
             all players; where the game has no solution, when the norm of what it steps along is. When all have
@@ -68,9 +73,14 @@ def simultaneous(
     LBFGS do. Where a player is on an accelerator the host looks for the end of the play once in ten steps, so that up
     to nine more may be taken; ``converged_at`` and ``failed_at`` name the right step all the same.
 
+    The losses are evaluated once for each gradient, and once more at the end. A schedule of the lr can follow the
+    steps: ``optimizer.register_step_post_hook(lambda *_: scheduler.step())``.
+
     Modifies the players, their ``.grad`` and the optimizers.
 
-    Raises TypeError or ValueError for bad arguments, before anything is modified.
+    Raises TypeError or ValueError for bad arguments, before anything is modified. What the game, ``direction`` or
+    ``measure`` raise, and KeyboardInterrupt, passes through, with players that had extrapolated back where they were;
+    the records are lost with it, so play in portions to keep them.
 
     >>> from nestopt_ext.games.zoo import bilinear
     >>> game = bilinear(start=([1.0], [0.0]))
@@ -148,12 +158,12 @@ class _Table:
         _check_bound(self._caller, "divergence", divergence)
         if measure is not None and not callable(measure):
             raise TypeError(f"{self._caller}: measure must be None or callable; got {_lists.value_name(measure)}.")
-        solution = None if tolerance is None else self._solution()
         losses = self._losses()
+        batch = check_losses(self._caller, losses, self._players)
         watch = Watch(
             self._players.tensors,
-            check_losses(self._caller, losses, self._players),
-            solution=solution,
+            batch,
+            solution=None if tolerance is None else self._solution(batch),
             tolerance=tolerance,
             divergence=divergence,
         )
@@ -187,12 +197,13 @@ class _Table:
             failed_at=watch.failed_at.cpu(),
         )
 
-    def move_together(self, losses: Sequence[Tensor]) -> TensorList:
+    def move_together(self, losses: TensorList) -> TensorList:
         """One simultaneous step."""
         everyone = range(len(self._players))
         by_gradient = [i for i in everyone if not self._needs_closure[i]]
         twice = [i for i in by_gradient if hasattr(self._optimizers[i], "extrapolate")]
         directions = dict(zip(by_gradient, self._take_directions(losses, by_gradient), strict=True))
+        losses.clear()
         moved: dict[int, TensorList] = {}
         for i in everyone:
             if self._needs_closure[i]:  # steps from where all are, and goes back until all have stepped
@@ -203,29 +214,30 @@ class _Table:
                 moved[i] = [t.detach().clone() for t in own]
                 _write(own, before)
         if twice:
-            for i in twice:
-                self._optimizers[i].extrapolate()  # type: ignore[attr-defined]
-            self._take_directions(self._losses(), twice)
+            with self._extrapolated(twice):
+                self._take_directions(self._losses(), twice)
         for i in by_gradient:
             self._optimizers[i].step()
         for i, values in moved.items():
             _write(self._players.tensors[self._players.slices[i]], values)
         return [t for i in everyone for t in directions[i]]
 
-    def move_in_turn(self, losses: Sequence[Tensor]) -> TensorList:
+    def move_in_turn(self, losses: TensorList) -> TensorList:
         """One alternating step."""
         directions: TensorList = []
         for i, optimizer in enumerate(self._optimizers):
             if self._needs_closure[i]:
+                losses.clear()
                 optimizer.step(self._closure(i))
                 own = self._players.tensors[self._players.slices[i]]
                 directions += [torch.zeros_like(t) if t.grad is None else t.grad for t in own]
                 continue
             (first,) = self._take_directions(losses if i == 0 else self._losses(), [i])
+            losses.clear()
             directions += first
             if hasattr(optimizer, "extrapolate"):
-                optimizer.extrapolate()
-                self._take_directions(self._losses(), [i])
+                with self._extrapolated([i]):
+                    self._take_directions(self._losses(), [i])
             optimizer.step()
         return directions
 
@@ -237,13 +249,32 @@ class _Table:
 
         return closure
 
-    def _losses(self) -> Sequence[Tensor]:
+    @contextmanager
+    def _extrapolated(self, players: list[int]) -> Iterator[None]:
+        """Where the optimizers of some players extrapolate to; if what is done there raises, they are brought back."""
+        away: list[Any] = []
+        try:
+            for i in players:
+                optimizer: Any = self._optimizers[i]
+                optimizer.extrapolate()
+                away.append(optimizer)
+            yield
+        except BaseException:
+            for optimizer in away:
+                if hasattr(optimizer, "restore"):
+                    optimizer.restore()
+            raise
+
+    def _losses(self) -> TensorList:
+        """The losses where the players are now, checked."""
+        torch.clear_autocast_cache()  # an autocast around the loop would go on with casts of players that have moved
         with torch.enable_grad():
-            return self._game.losses(self._game.players)
+            losses = self._game.losses(self._game.players)
+        check_losses(self._caller, losses, self._players)
+        return list(losses)
 
     def _take_directions(self, losses: Sequence[Tensor], wanted: list[int]) -> list[TensorList]:
         """The directions of some players at ``losses``, which are also put into ``.grad``."""
-        check_losses(self._caller, losses, self._players)
         if self._direction is None:
             found = [self._gradient(losses[i], i) for i in wanted]
         elif wanted:
@@ -262,7 +293,7 @@ class _Table:
         found = own_gradient(self._caller, loss, self._players, player)
         return owned(found, self._players.tensors[self._players.slices[player]])
 
-    def _solution(self) -> TensorList | None:
+    def _solution(self, batch: int | None) -> TensorList | None:
         """The game's solution as a flat list; None where it has none."""
         solution = getattr(self._game, "solution", None)
         if solution is None:
@@ -274,7 +305,7 @@ class _Table:
                 f" got {len(flat)}."
             )
         for label, value, tensor in zip(self._players.labels, flat, self._players.tensors, strict=True):
-            if value.shape not in (tensor.shape, tensor.shape[1:]):
+            if value.shape != tensor.shape and (batch is None or value.shape != tensor.shape[1:]):
                 raise ValueError(
                     f"{self._caller}: game.solution must have the shapes of the players, without their dimension of"
                     f" starts; got {_lists.shape_name(value.shape)} for {label} of {_lists.shape_name(tensor.shape)}."

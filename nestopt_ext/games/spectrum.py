@@ -173,9 +173,10 @@ def _operator(caller: str, jacobian: object, like: Tensors | None) -> _Operator:
                 f"{caller}: jacobian must be of one start; got {jacobian.batch_size} starts."
                 " Take torch.linalg.eigvals(jacobian.dense())."
             )
-        like_vector = jacobian.flatten(jacobian.gradients)
+        vector = jacobian.flatten(jacobian.gradients)
+        vector = vector.to(widest([vector]))  # 16 bits are too few for a basis that stays orthonormal
         return _checked(
-            caller, lambda v: jacobian.flatten(jacobian(jacobian.unflatten(v))), like_vector, jacobian.unflatten
+            caller, lambda v: jacobian.flatten(jacobian(jacobian.unflatten(v))).to(vector), vector, jacobian.unflatten
         )
     if not callable(jacobian):
         got = _lists.value_name(jacobian)

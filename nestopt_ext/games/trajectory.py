@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ._players import Players
 from ._watch import PlayStatus
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trajectory:
     """What :func:`simultaneous` and :func:`alternating` return; R records, n players, B starts, all tensors on the CPU.
 
@@ -55,7 +56,7 @@ class Recorder:
         self._players = players
         self._measure = measure
         self._every = record_every
-        self._pack: Callable[[TensorList], Any] = players.pack
+        self._structure: _lists.Structure | None = None  # of what is measured, from the first record on
         self._steps: list[int] = []
         self._losses: TensorList = []
         self._values: list[TensorList] = []
@@ -74,7 +75,8 @@ class Recorder:
     def recorded(self) -> tuple[Tensor, Tensor, Any]:
         """The steps, losses and values of all records, stacked."""
         stacked = [torch.stack(list(same)) for same in zip(*self._values, strict=True)]
-        return torch.tensor(self._steps, device="cpu"), torch.stack(self._losses), self._pack(stacked)
+        pack = self._players.pack if self._structure is None else self._structure.pack
+        return torch.tensor(self._steps, device="cpu"), torch.stack(self._losses), pack(stacked)
 
     def _measured(self, measure: Callable[[Any], Any]) -> TensorList:
         found = measure(self._game_players)
@@ -84,13 +86,22 @@ class Recorder:
             found = tuple(map(_as_tensor, found))
         else:
             found = _as_tensor(found)
-        flat, structure = _lists.flatten(self._caller, "measure(players)", found)
-        self._pack = structure.pack
+        name = "measure(players)"
+        if self._structure is None:
+            flat, self._structure = _lists.flatten(self._caller, name, found)
+            return flat
+        flat = self._structure.match(self._caller, name, found, returned=True)
+        for label, value, first in zip(self._structure.labels(name), flat, self._values[0], strict=True):
+            if value.shape != first.shape:
+                raise ValueError(
+                    f"{self._caller}: {label} must have the shape that it had at the start,"
+                    f" {_lists.shape_name(first.shape)}; got {_lists.shape_name(value.shape)}."
+                )
         return flat
 
 
 def _as_tensor(value: Any) -> Any:
-    return torch.tensor(value, dtype=torch.float64, device="cpu") if isinstance(value, bool | int | float) else value
+    return torch.tensor(float(value), dtype=torch.float64, device="cpu") if isinstance(value, Real) else value
 
 
 def _on_host(tensor: Tensor) -> Tensor:
