@@ -86,7 +86,7 @@ class TuneConfig:
             ("inner_optimizer", INNER_OPTIMIZERS),
             ("solver", SOLVERS),
         ):
-            _one_of(name, getattr(self, name), allowed)
+            check_one_of(name, getattr(self, name), allowed)
         filled = {name: value for name, value in self._defaults().items() if getattr(self, name) is None}
         config = dataclasses.replace(self, **filled)
         config._check()
@@ -130,11 +130,11 @@ class TuneConfig:
         }
 
     def _check(self) -> None:
-        _one_of("model", self.model, MODELS)
+        check_one_of("model", self.model, MODELS)
         for name in ("train_size", "valid_size", "width", "steps", "inner_steps", "threads"):
-            _whole(name, getattr(self, name), 1)
+            check_whole(name, getattr(self, name), 1)
         for name in ("warmup", "batch_size", "num_terms", "trials", "seed"):
-            _whole(name, getattr(self, name), 0)
+            check_whole(name, getattr(self, name), 0)
         if isinstance(self.threads, int) and self.threads > MOST_THREADS:
             raise ConfigError(f"--threads must be <= {MOST_THREADS}; got {self.threads}.")
         try:
@@ -144,16 +144,16 @@ class TuneConfig:
         if self.seed >= 2**32:
             raise ConfigError(f"--seed must be below 2**32; got {self.seed}.")
         for name in ("inner_lr", "hyper_lr"):
-            value = _number(name, getattr(self, name))
+            value = check_number(name, getattr(self, name))
             if value <= 0:
                 raise ConfigError(f"{_option(name)} must be > 0; got {value}.")
-        noise = _number("label_noise", self.label_noise)
+        noise = check_number("label_noise", self.label_noise)
         if not 0 <= noise < 1:
             raise ConfigError(f"--label-noise must be in [0, 1); got {noise}.")
         low, high = LOG_DECAY_RANGE
-        if not low <= _number("log_decay", self.log_decay) <= high:
+        if not low <= check_number("log_decay", self.log_decay) <= high:
             raise ConfigError(f"--log-decay must be in [{low:g}, {high:g}]; got {self.log_decay}.")
-        if self.alpha is not None and _number("alpha", self.alpha) <= 0:
+        if self.alpha is not None and check_number("alpha", self.alpha) <= 0:
             raise ConfigError(f"--alpha must be auto or > 0; got {self.alpha}.")
         if self.data_dir is not None and not isinstance(self.data_dir, str):
             raise ConfigError(f"--data-dir must be a path; got {self.data_dir!r}.")
@@ -163,19 +163,22 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def check_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Requires one of ``allowed`` as choice ``name``."""
     if value not in allowed:
         raise ConfigError(f"{_option(name)} must be one of {', '.join(allowed)}; got {value!r}.")
 
 
-def _whole(name: str, value: object, least: int) -> None:
+def check_whole(name: str, value: object, least: int) -> None:
+    """Requires a whole number from ``least`` on as choice ``name``."""
     if type(value) is not int or value < least:
         raise ConfigError(f"{_option(name)} must be a whole number >= {least}; got {value!r}.")
     if value >= 2**63:
         raise ConfigError(f"{_option(name)} must be below 2**63; got {value}.")
 
 
-def _number(name: str, value: object) -> float:
+def check_number(name: str, value: object) -> float:
+    """Requires a finite number as choice ``name``, and returns it."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ConfigError(f"{_option(name)} must be a finite number; got {value!r}.")
     return float(value)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from ..config import ConfigError, _number, _whole
+from ..config import ConfigError, check_number, check_whole
 
 Config = TypeVar("Config", bound="GameConfig")
 
@@ -55,13 +55,13 @@ class GameConfig:
 def whole(config: GameConfig, name: str, *, least: int, most: int) -> None:
     """Requires a whole number from ``least`` to ``most`` as choice ``name``."""
     value = getattr(config, name)
-    _whole(name, value, least)
+    check_whole(name, value, least)
     if value > most:
         raise ConfigError(f"--{name.replace('_', '-')} must be <= {most}; got {value}.")
 
 
 def between(config: GameConfig, name: str, low: float, high: float) -> None:
     """Requires a number with ``low`` < number < ``high`` as choice ``name``."""
-    if not low < _number(name, getattr(config, name)) < high:
+    if not low < check_number(name, getattr(config, name)) < high:
         option = "--" + name.replace("_", "-")
         raise ConfigError(f"{option} must be > {low:g} and < {high:g}; got {getattr(config, name)}.")

@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import ClassVar
 
 from ...optim.effective_lr import effective_lr
-from ..config import ConfigError, _number, _one_of
+from ..config import ConfigError, check_number, check_one_of
 from ..run_folder import CHECKPOINT, LOG
 from ._config import GameConfig, between, whole
 
@@ -148,8 +148,8 @@ class MixtureConfig(GameConfig):
     def check(self) -> None:
         """Raises ConfigError, a line that names the option, when a choice is out of range."""
         super().check()
-        _one_of("optimizer", self.optimizer, OPTIMIZERS)
-        _one_of("loss", self.loss, LOSSES)
+        check_one_of("optimizer", self.optimizer, OPTIMIZERS)
+        check_one_of("loss", self.loss, LOSSES)
         _several("moduli", self.moduli, lambda value: 0 <= value < 1, ">= 0 and < 1")
         _several("angles", self.angles, lambda value: 0 <= value <= 1, "from 0 to 1, in units of pi")
         if self.lrs is not None:
@@ -172,7 +172,7 @@ def _several(name: str, values: object, holds: Callable[[float], bool], rule: st
     if not isinstance(values, tuple) or not values:
         raise ConfigError(f"{option} must be one or more numbers; got {values!r}.")
     for value in values:
-        if not holds(_number(name, value)):
+        if not holds(check_number(name, value)):
             raise ConfigError(f"{option} must be {rule}; got {value}.")
     if len(set(values)) != len(values):
         raise ConfigError(f"{option} must name every number once; got {', '.join(map(str, values))}.")
