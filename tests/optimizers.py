@@ -1,9 +1,11 @@
-"""The optimizers and their implementations, as the tests of what surrounds them go through them."""
+"""The optimizers and their implementations, and what their tests do with them: parameters, gradients, steps, files."""
 
 import cmath
+import io
 from dataclasses import dataclass, field
 
 import torch
+from helpers import Memory
 from torch.nn import Parameter
 
 from nestopt_ext import ComplexAdam, ComplexSGD
@@ -50,6 +52,7 @@ IMPLEMENTATIONS = {
     "fused": {"fused": True},
     "default": {},
 }
+SHAPES = [(), (3,), (4, 5), (2, 3, 4, 2), (0,)]
 
 
 def state_tensors(optimizer):
@@ -70,10 +73,33 @@ def set_grads(params, seed):
         p.grad = torch.randn(p.shape, dtype=dtype, generator=gen).to(device=p.device, dtype=p.dtype)
 
 
-def make_params(shapes, dtype=torch.float64, device="cpu", seed=0):
+def make_params(shapes=SHAPES, dtype=torch.float64, device="cpu", seed=0, layout=None):
     gen = torch.Generator().manual_seed(seed)
     wide = torch.complex128 if dtype.is_complex else torch.float64
-    return [Parameter(torch.randn(s, dtype=wide, generator=gen).to(device=device, dtype=dtype)) for s in shapes]
+    values = [torch.randn(s, dtype=wide, generator=gen).to(device=device, dtype=dtype) for s in shapes]
+    return [Parameter(layout(v) if layout else v) for v in values]
+
+
+def run(optimizer, params, steps=5, first=0):
+    """Steps with the gradients of these numbers; returns copies of the parameters."""
+    for i in range(first, first + steps):
+        set_grads(params, i)
+        optimizer.step()
+    return [p.detach().clone() for p in params]
+
+
+def snapshot(optimizer):
+    """The parameters and every tensor of the state."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return Memory(params + [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)])
+
+
+def from_file(saved):
+    """What is left of it by a file and a safe reader."""
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
 
 
 def assert_all_close(found, wanted, **tolerances):

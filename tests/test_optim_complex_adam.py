@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import FLOATING, LAYOUTS, Memory, all_same_bits, name_of, opmath, product, same_bits
-from stepping import IMPLEMENTATIONS, make_params, run, saved, set_grads, snapshot
+from optimizers import IMPLEMENTATIONS, assert_all_close, from_file, make_params, run, set_grads, snapshot
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import Parameter
 from torch.optim import SGD, Adam, AdamW
@@ -25,11 +25,6 @@ BETA = cmath.rect(0.8, 0.7)
 BETAS = (BETA, 0.95)
 MOMENTS = ("exp_avg", "exp_avg_imag", "exp_avg_sq")
 CLOSE = {"rtol": 1e-12, "atol": 1e-13}
-
-
-def assert_all_close(found, wanted, **tolerances):
-    for f, w in zip(found, wanted, strict=True):
-        torch.testing.assert_close(f.detach(), w.detach(), **tolerances)
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
@@ -245,7 +240,7 @@ def play_averaged(steps, lr, beta):
     return distances
 
 
-@pytest.mark.parametrize("implementation", [{}, IMPLEMENTATIONS["single"]], ids=["default", "single"])
+@pytest.mark.parametrize("implementation", [{}, IMPLEMENTATIONS["loop"]], ids=["default", "loop"])
 @pytest.mark.parametrize("modulus", [0.8, 0.9])
 def test_a_bilinear_game_contracts_with_the_sum_and_not_with_the_average(modulus, implementation):
     beta, start = cmath.rect(modulus, math.pi / 8), math.hypot(*START)
@@ -321,7 +316,7 @@ def test_groups_have_their_own_hyperparameters(implementation):
     optimizer.add_param_group({"params": [params[3]], **own[3]})
     run(optimizer, params, 3, first=2)
     for k, (p, o) in enumerate(zip(make_params([(3,)] * 4), own, strict=True)):
-        alone = ComplexAdam([p], **{**shared, **o}, **IMPLEMENTATIONS["single"])
+        alone = ComplexAdam([p], **{**shared, **o}, **IMPLEMENTATIONS["loop"])
         for i in range(0 if k < 3 else 2, 5):
             everyone = make_params([(3,)] * 4)
             set_grads(everyone, i)
@@ -335,7 +330,7 @@ def test_missing_late_frozen_and_thawed_gradients(implementation):
     """Each parameter counts its own steps."""
     params, twin = make_params([(3,)] * 3), make_params([(3,)] * 3)
     optimizer = ComplexAdam(params, lr=0.1, betas=BETAS, **implementation)
-    alone = [ComplexAdam([p], lr=0.1, betas=BETAS, **IMPLEMENTATIONS["single"]) for p in twin]
+    alone = [ComplexAdam([p], lr=0.1, betas=BETAS, **IMPLEMENTATIONS["loop"]) for p in twin]
     present = [[True, False, True], [True, True, False], [False, False, False], [True, True, True]]
     for i, row in enumerate(present):
         for group in (params, twin):
@@ -389,7 +384,7 @@ def test_complex_parameters_are_pairs_of_reals(amsgrad, implementation):
     assert same_bits(torch.view_as_real(p.detach()), pair.detach())
     again = Parameter(p.detach().clone())
     restored = ComplexAdam([again], **shared)
-    restored.load_state_dict(saved(ours))
+    restored.load_state_dict(from_file(ours.state_dict()))
     for name in MOMENTS:
         assert same_bits(torch.view_as_real(restored.state[again][name]), torch.view_as_real(ours.state[p][name]))
 
@@ -548,7 +543,7 @@ def test_numbers_of_numpy_count_as_numbers_and_survive_a_safe_checkpoint():
             params, lr=real(0.125), betas=[cplx(0.5j), real(0.75)], eps=real(1e-3), weight_decay=real(0.5)
         )
         found.append(run(optimizer, params))
-        group = saved(optimizer)["param_groups"][0]
+        group = from_file(optimizer.state_dict())["param_groups"][0]
         assert (group["lr"], group["eps"], group["weight_decay"]) == (0.125, 1e-3, 0.5)
         assert group["betas"] == ((0.0, 0.5), 0.75)
     assert all_same_bits(*found)
@@ -573,6 +568,15 @@ def test_lr_as_a_tensor_changed_in_place(dtype, shape, implementation):
     with pytest.raises(ValueError, match=r"^ComplexAdam: lr must be finite and >= 0; got nan"):
         ours.step()
     assert before.unchanged()
+
+
+@implementations
+def test_betas_set_as_a_list_cannot_change_unseen(implementation):
+    params = make_params()
+    optimizer = ComplexAdam(params, **implementation)
+    optimizer.param_groups[0]["betas"] = [0.5, 0.9]
+    run(optimizer, params, 1)
+    assert optimizer.param_groups[0]["betas"] == (0.5, 0.9)
 
 
 def test_is_a_torch_optimizer():
@@ -610,7 +614,7 @@ def test_resume_is_exact(betas, dtype, implementation):
     params = make_params(dtype=dtype)
     optimizer = ComplexAdam(params, lr=0.1, betas=betas, amsgrad=True, **implementation)
     run(optimizer, params, 3)
-    checkpoint, kept = saved(optimizer), [p.detach().clone() for p in params]
+    checkpoint, kept = from_file(optimizer.state_dict()), [p.detach().clone() for p in params]
     straight = run(optimizer, params, 3, first=3)
     again = [Parameter(p) for p in kept]
     restored = ComplexAdam(again, lr=0.7, betas=(0.1, 0.2), **implementation)
@@ -630,7 +634,7 @@ def test_a_checkpoint_of_torch_goes_on_with_its_numbers(counterpart, own, implem
     run(adam, theirs, 3)
     ours = [Parameter(p.detach().clone()) for p in theirs]
     optimizer = ComplexAdam(ours, **implementation)
-    optimizer.load_state_dict(saved(adam))
+    optimizer.load_state_dict(from_file(adam.state_dict()))
     assert optimizer.param_groups[0]["bias_correction"] and not optimizer.param_groups[0]["rescale_lr"]
     optimizer.param_groups[0].update({"foreach": None, "fused": None, **implementation})
     for i in range(3, 6):
@@ -644,7 +648,7 @@ def test_an_old_checkpoint_of_torch_says_less():
     theirs = make_params()
     adam = AdamW(theirs, lr=0.1, weight_decay=0.1)
     run(adam, theirs, 3)
-    checkpoint = saved(adam)
+    checkpoint = from_file(adam.state_dict())
     for state in checkpoint["state"].values():
         state["step"] = int(state["step"])
     for name in (*(set(checkpoint["param_groups"][0]) - {"params", "lr", "betas", "eps", "weight_decay", "amsgrad"}),):
@@ -688,13 +692,25 @@ def test_from_adam_to_a_sum_and_back(when, implementation):
 
 
 @implementations
+def test_the_form_stays_when_another_group_is_taken_away(implementation):
+    params = make_params([(3,), (3,)])
+    groups = [{"params": params[:1], "bias_correction": True}, {"params": params[1:]}]
+    optimizer = ComplexAdam(groups, betas=(0.5, 0.9), **implementation)
+    for _ in range(2):
+        params[1].grad = torch.ones_like(params[1])
+        optimizer.step()
+        del optimizer.param_groups[:-1]
+    torch.testing.assert_close(optimizer.state[params[1]]["exp_avg"], torch.full_like(params[1], 1.5).detach())
+
+
+@implementations
 def test_a_run_of_adam_goes_on_with_complex_momentum(implementation):
     theirs = make_params()
     adam = Adam(theirs, lr=0.1)
     run(adam, theirs, 3)
     ours = [Parameter(p.detach().clone()) for p in theirs]
     optimizer = ComplexAdam(ours, **implementation)
-    optimizer.load_state_dict(saved(adam))
+    optimizer.load_state_dict(from_file(adam.state_dict()))
     optimizer.param_groups[0].update(betas=(BETA, 0.999), bias_correction=False, rescale_lr=True)
     run(optimizer, ours, 1, 3)
     set_grads(theirs, 3)
@@ -732,7 +748,7 @@ def test_float32_buffers_beside_16_bit_parameters_survive_loading(dtype):
     optimizer = ComplexAdam(params, betas=BETAS)
     run(optimizer, params, 3)
     restored = ComplexAdam(make_params(dtype=dtype))
-    restored.load_state_dict(saved(optimizer))
+    restored.load_state_dict(from_file(optimizer.state_dict()))
     for a, b in zip(optimizer.state.values(), restored.state.values(), strict=True):
         assert all(b[n].dtype == torch.float32 and same_bits(a[n], b[n]) for n in (*MOMENTS, "step"))
 
@@ -744,7 +760,7 @@ def test_a_checkpoint_loads_into_another_dtype():
     for dtype in FLOATING:
         other = make_params(dtype=dtype)
         restored = ComplexAdam(other)
-        restored.load_state_dict(saved(optimizer))
+        restored.load_state_dict(from_file(optimizer.state_dict()))
         for a, b in zip(optimizer.state.values(), restored.state.values(), strict=True):
             assert all(same_bits(a[n].to(opmath(dtype)), b[n]) for n in MOMENTS)
             assert b["step"].dtype == torch.float32 and b["step"].item() == 2
@@ -823,7 +839,7 @@ def test_hostile_checkpoints_are_refused_and_the_optimizer_is_unchanged(fault):
     params = make_params()
     optimizer = ComplexAdam(params, betas=BETAS)
     run(optimizer, params, 2)
-    checkpoint = saved(optimizer)
+    checkpoint = from_file(optimizer.state_dict())
     spoil(checkpoint)
     before, states = snapshot(optimizer), [dict(s) for s in optimizer.state.values()]
     groups = copy.deepcopy([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups])
@@ -932,6 +948,21 @@ def test_momentum_may_change_between_real_and_complex(implementation):
 # ---- where the count of steps lies ----------------------------------------------------------------------------------
 
 
+@implementations
+def test_one_group_on_two_devices(implementation):
+    """Also where the host counts the steps of all."""
+    p, other = Parameter(torch.ones(3)), Parameter(torch.ones(3, device="meta"))
+    twin = Parameter(torch.ones(3))
+    optimizer, alone = ComplexAdam([p, other], **implementation), ComplexAdam([twin], **implementation)
+    for i in range(3):
+        set_grads([p], i)
+        set_grads([twin], i)
+        other.grad = torch.ones_like(other)
+        optimizer.step()
+        alone.step()
+    assert same_bits(p.detach(), twin.detach())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("capturable", [False, True])
 @implementations
@@ -945,7 +976,10 @@ def test_the_step_lies_on_the_host_unless_the_device_reads_it(implementation, ca
     assert {s["step"].device.type for s in optimizer.state.values()} == {wanted}
     for other in (Adam(params, fused=True), Adam(params)):
         run(other, params, 1)
-        checkpoint = {**saved(other), "param_groups": saved(optimizer)["param_groups"]}
+        checkpoint = {
+            **from_file(other.state_dict()),
+            "param_groups": from_file(optimizer.state_dict())["param_groups"],
+        }
         optimizer.load_state_dict(checkpoint)
         assert {s["step"].device.type for s in optimizer.state.values()} == {wanted}
         run(optimizer, params, 1)
@@ -970,7 +1004,7 @@ def test_a_captured_step_is_the_step(implementation):
     lr = torch.tensor(0.1, dtype=torch.float64, device="cuda")
     shared = {"betas": BETAS, "amsgrad": True, "weight_decay": 0.1}
     ours = ComplexAdam(params, lr=lr, capturable=True, **shared, **implementation)
-    theirs = ComplexAdam(twin, lr=0.1, **shared, **IMPLEMENTATIONS["single"])
+    theirs = ComplexAdam(twin, lr=0.1, **shared, **IMPLEMENTATIONS["loop"])
     grads = [torch.zeros_like(p) for p in params]
     for p, g in zip(params, grads, strict=True):
         p.grad = g
@@ -1091,12 +1125,12 @@ def test_a_cycled_momentum_keeps_its_angle(reload, scheduler, implementation):
     moduli = Adam(make_params([(1,), (1,)]), lr=0.1)
     real_plan = SCHEDULERS[scheduler](moduli)
     twin = make_params([(3,), (2,)])
-    by_hand = [ComplexAdam([p], **IMPLEMENTATIONS["single"]) for p in twin]
+    by_hand = [ComplexAdam([p], **IMPLEMENTATIONS["loop"]) for p in twin]
     for i in range(6):
         set_grads(params, i)
         set_grads(twin, i)
         if reload and i == 3:
-            checkpoint = saved(optimizer)
+            checkpoint = from_file(optimizer.state_dict())
             optimizer = ComplexAdam([{"params": [p]} for p in params], **implementation)
             optimizer.load_state_dict(checkpoint)
             plan.optimizer = optimizer

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import FLOATING, LAYOUTS, Memory, all_same_bits, name_of, opmath, product, same_bits
-from stepping import IMPLEMENTATIONS, make_params, run, saved, set_grads, snapshot
+from optimizers import IMPLEMENTATIONS, from_file, make_params, run, set_grads, snapshot
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import Parameter
 from torch.optim import SGD
@@ -60,7 +60,7 @@ SGD_OPTIONS = [
 def test_real_momentum_is_torch_sgd_bit_for_bit(options, dtype):
     theirs, ours = make_params(dtype=dtype), make_params(dtype=dtype)
     sgd = torch_sgd(theirs, lr=0.1, foreach=False, **options)
-    optimizer = ComplexSGD(ours, lr=0.1, **IMPLEMENTATIONS["single"], **options)
+    optimizer = ComplexSGD(ours, lr=0.1, **IMPLEMENTATIONS["loop"], **options)
     for i in range(6):
         for params in (theirs, ours):
             set_grads(params, i)
@@ -185,7 +185,7 @@ def play(momentum, lr, steps, implementation):
     return reached, distance
 
 
-@pytest.mark.parametrize("implementation", [{}, IMPLEMENTATIONS["single"]], ids=["default", "single"])
+@pytest.mark.parametrize("implementation", [{}, IMPLEMENTATIONS["loop"]], ids=["default", "loop"])
 def test_a_bilinear_game_converges_only_with_complex_momentum(implementation):
     reached, _ = play(cmath.rect(0.9, math.pi / 8), 0.059, 760, implementation)
     assert reached is not None and 600 <= reached <= 750
@@ -247,7 +247,7 @@ def test_groups_have_their_own_hyperparameters(implementation):
     optimizer.add_param_group({"params": [params[3]], **own[3]})
     run(optimizer, params, 3, first=2)
     for k, (p, o) in enumerate(zip(make_params([(3,)] * 4), own, strict=True)):
-        alone = ComplexSGD([p], **{"lr": 0.1, "momentum": MOMENTUM, **o}, **IMPLEMENTATIONS["single"])
+        alone = ComplexSGD([p], **{"lr": 0.1, "momentum": MOMENTUM, **o}, **IMPLEMENTATIONS["loop"])
         for i in range(0 if k < 3 else 2, 5):
             everyone = make_params([(3,)] * 4)
             set_grads(everyone, i)
@@ -260,7 +260,7 @@ def test_groups_have_their_own_hyperparameters(implementation):
 def test_missing_late_frozen_and_thawed_gradients(implementation):
     params, twin = make_params([(3,)] * 3), make_params([(3,)] * 3)
     optimizer = ComplexSGD(params, lr=0.1, momentum=MOMENTUM, **implementation)
-    alone = [ComplexSGD([p], lr=0.1, momentum=MOMENTUM, **IMPLEMENTATIONS["single"]) for p in twin]
+    alone = [ComplexSGD([p], lr=0.1, momentum=MOMENTUM, **IMPLEMENTATIONS["loop"]) for p in twin]
     present = [[True, False, True], [True, True, False], [False, False, False], [True, True, True]]
     for i, row in enumerate(present):
         for group in (params, twin):
@@ -311,7 +311,7 @@ def test_complex_parameters_are_pairs_of_reals(implementation):
     restored = ComplexSGD(
         [Parameter(p.detach().clone())], lr=0.1, momentum=MOMENTUM, weight_decay=0.1, **implementation
     )
-    restored.load_state_dict(saved(ours))
+    restored.load_state_dict(from_file(ours.state_dict()))
     assert all(
         same_bits(
             torch.view_as_real(restored.state[restored.param_groups[0]["params"][0]][n]),
@@ -593,7 +593,7 @@ def test_resume_is_exact(momentum, dtype, implementation):
     params = make_params(dtype=dtype)
     optimizer = ComplexSGD(params, lr=0.1, momentum=momentum, **implementation)
     run(optimizer, params, 3)
-    checkpoint, kept = saved(optimizer), [p.detach().clone() for p in params]
+    checkpoint, kept = from_file(optimizer.state_dict()), [p.detach().clone() for p in params]
     straight = run(optimizer, params, 3, first=3)
     again = [Parameter(p) for p in kept]
     restored = ComplexSGD(again, lr=0.7, momentum=0.1, **implementation)
@@ -612,8 +612,8 @@ def test_checkpoint_of_torch_sgd_loads_and_goes_on_with_its_numbers():
         run(sgd, params, 3)
     for p, q in zip(ours, theirs, strict=True):
         p.data.copy_(q)
-    optimizer = ComplexSGD(ours, **IMPLEMENTATIONS["single"])
-    optimizer.load_state_dict(saved(sgd))
+    optimizer = ComplexSGD(ours, **IMPLEMENTATIONS["loop"])
+    optimizer.load_state_dict(from_file(sgd.state_dict()))
     optimizer.param_groups[0]["foreach"] = False
     assert all_same_bits(run(sgd, theirs, 3, 3), run(optimizer, ours, 3, 3))
 
@@ -625,7 +625,7 @@ def test_checkpoint_of_torch_sgd_goes_on_with_complex_momentum():
     run(sgd, theirs, 2)
     p = [Parameter(q.detach().clone()) for q in theirs]
     optimizer = ComplexSGD(p, lr=0.1)
-    optimizer.load_state_dict(saved(sgd))
+    optimizer.load_state_dict(from_file(sgd.state_dict()))
     optimizer.param_groups[0]["momentum"] = MOMENTUM
     run(optimizer, p, 1, 2)
     for q, t in zip(p, theirs, strict=True):
@@ -650,7 +650,7 @@ def test_float32_buffers_beside_16_bit_parameters_survive_loading(dtype):
     optimizer = ComplexSGD(params, momentum=MOMENTUM)
     run(optimizer, params, 3)
     restored = ComplexSGD(make_params(dtype=dtype))
-    restored.load_state_dict(saved(optimizer))
+    restored.load_state_dict(from_file(optimizer.state_dict()))
     for a, b in zip(optimizer.state.values(), restored.state.values(), strict=True):
         assert all(b[n].dtype == torch.float32 and same_bits(a[n], b[n]) for n in BUFFERS)
 
@@ -662,7 +662,7 @@ def test_a_checkpoint_loads_into_another_dtype():
     for dtype in FLOATING:
         other = make_params(dtype=dtype)
         restored = ComplexSGD(other)
-        restored.load_state_dict(saved(optimizer))
+        restored.load_state_dict(from_file(optimizer.state_dict()))
         for a, b in zip(optimizer.state.values(), restored.state.values(), strict=True):
             assert all(same_bits(a[n].to(opmath(dtype)), b[n]) for n in BUFFERS)
         run(restored, other, 1)
@@ -675,7 +675,7 @@ def test_a_checkpoint_loads_onto_another_device():
     run(optimizer, params, 2)
     other = [Parameter(p.detach().cuda()) for p in params]
     restored = ComplexSGD(other)
-    restored.load_state_dict(saved(optimizer))
+    restored.load_state_dict(from_file(optimizer.state_dict()))
     assert all(t.is_cuda for s in restored.state.values() for t in s.values())
 
 
@@ -800,7 +800,7 @@ def test_hostile_checkpoints_are_refused_and_the_optimizer_is_unchanged(fault):
     params = make_params()
     optimizer = ComplexSGD(params, momentum=MOMENTUM)
     run(optimizer, params, 2)
-    checkpoint = saved(optimizer)
+    checkpoint = from_file(optimizer.state_dict())
     spoil(checkpoint)
     before, groups = (
         snapshot(optimizer),
@@ -991,7 +991,7 @@ def test_a_cycled_momentum_keeps_its_angle(copied, scheduler, implementation):
     real = SGD(make_params([(1,)] * 4), lr=0.1, momentum=0.8)
     real_plan = SCHEDULERS[scheduler](real)
     by_hand = [
-        ComplexSGD([p], momentum=0.5 * d, **IMPLEMENTATIONS["single"]) for p, d in zip(twin, directions, strict=True)
+        ComplexSGD([p], momentum=0.5 * d, **IMPLEMENTATIONS["loop"]) for p, d in zip(twin, directions, strict=True)
     ]
     for i in range(7):
         if copied and i == 2:
@@ -999,7 +999,7 @@ def test_a_cycled_momentum_keeps_its_angle(copied, scheduler, implementation):
             if copied == "pickle":
                 optimizer, params = pickle.loads(pickle.dumps((optimizer, params)))
             else:
-                checkpoint = saved(optimizer)
+                checkpoint = from_file(optimizer.state_dict())
                 optimizer = ComplexSGD([{"params": [p]} for p in params], **implementation)
                 optimizer.load_state_dict(checkpoint)
             plan.optimizer = optimizer

@@ -1,16 +1,28 @@
 """The optimizers inside what surrounds one: schedulers, averages, mixed precision, compilation, checkpoints."""
 
+import cmath
 import copy
-import io
+import pickle
 
+import numpy as np
 import pytest
 import torch
-from optimizers import CONFIGURATIONS, IMPLEMENTATIONS, TURNING, assert_all_close, make_params, set_grads, state_tensors
+from optimizers import (
+    CONFIGURATIONS,
+    IMPLEMENTATIONS,
+    TURNING,
+    assert_all_close,
+    from_file,
+    make_params,
+    set_grads,
+    state_tensors,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim import SGD, Adam, AdamW, lr_scheduler
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from nestopt_ext import ComplexAdam, ComplexSGD
+from nestopt_ext import ComplexAdam, ComplexSGD, _ops
+from nestopt_ext.optim import _base
 
 configurations = pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=repr)
 implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
@@ -39,13 +51,6 @@ def data(dtype=torch.float32, rows=32, seed=0):
 def loss_of(model, batch):
     x, y = batch
     return (model(x) - y).square().mean()
-
-
-def from_file(saved):
-    file = io.BytesIO()
-    torch.save(saved, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 # ---- schedulers -----------------------------------------------------------------------------------------------------
@@ -166,6 +171,25 @@ def test_a_cycled_momentum_keeps_its_angle(cycle, name, angle, resumed):
             scheduler.step()
     assert max(moduli) - min(moduli) > 0.2
     assert_all_close(ours, alone, **EXACT)
+
+
+@pytest.mark.parametrize("name", MOMENTA)
+def test_a_cycled_momentum_keeps_its_angle_when_another_group_is_taken_away(name):
+    make, momentum_of = MOMENTA[name]
+    params = make_params([(3,), (3,), (3,)])
+    optimizer = make(params[:1], 0.8)
+    for p, angle in zip(params[1:], (0.7, -2.0), strict=True):
+        turned = cmath.rect(0.8, angle)
+        optimizer.add_param_group(
+            {"params": [p], **({"momentum": turned} if name == "ComplexSGD" else {"betas": (turned, 0.99)})}
+        )
+    scheduler = CYCLES["OneCycleLR"](optimizer)
+    run(optimizer, params, 1)
+    scheduler.step()
+    del optimizer.param_groups[0]
+    run(optimizer, params, 1)
+    for group, angle in zip(optimizer.param_groups, (0.7, -2.0), strict=True):
+        assert cmath.phase(momentum_of(group)) == pytest.approx(angle)
 
 
 # ---- averages -------------------------------------------------------------------------------------------------------
@@ -517,3 +541,64 @@ def test_a_checkpoint_of_the_first_version():
     assert p.tolist() == [1 - 0.5 * 2.75, 1 - 0.5 * 3.875]
     assert optimizer.state[p]["momentum_buffer_imag"].tolist() == [0.5, -1.0]
     assert set(optimizer.param_groups[0]) == {*optimizer.defaults, "params"}
+
+
+def test_a_pickle_of_the_first_version():
+    """Neither the defaults nor the groups in it know of later arguments; groups are still added to it."""
+    params = make_params([(3,), (2,)])
+    optimizer = ComplexSGD(params[:1], lr=0.1, momentum=TURNING)
+    run(optimizer, params[:1], 2)
+    state = copy.deepcopy(optimizer.__getstate__())
+    for known in (state["defaults"], *state["param_groups"]):
+        del known["rescale_lr"]
+    older = ComplexSGD.__new__(ComplexSGD)
+    older.__setstate__(state)
+    older.add_param_group({"params": params[1:]})
+    copies = [p for group in older.param_groups for p in group["params"]]
+    run(older, copies, 2)
+    assert [group["rescale_lr"] for group in older.param_groups] == [False, False]
+    assert pickle.loads(pickle.dumps(older)).defaults == optimizer.defaults
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize("name", MOMENTA)
+def test_numbers_of_numpy_that_were_set_later_survive_a_safe_checkpoint(name, stepped):
+    """As a schedule written by hand sets them."""
+    make, momentum_of = MOMENTA[name]
+    params = make_params(SHAPES)
+    optimizer = make(params, 0.5)
+    beta = np.complex128(0.25 + 0.5j)
+    later = {"momentum": beta} if name == "ComplexSGD" else {"betas": [beta, np.float64(0.75)]}
+    optimizer.param_groups[0].update(lr=np.interp(1, [0, 2], [0.0, 0.5]), **later)
+    run(optimizer, params, int(stepped))
+    group = from_file(optimizer.state_dict())["param_groups"][0]
+    assert group["lr"] == 0.25 and momentum_of(group) == (0.25, 0.5)
+
+
+# ---- the host -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["real", "complex", "complex, then real", "one frozen"])
+@pytest.mark.parametrize("name", MOMENTA)
+def test_a_usual_step_takes_no_parameter_by_itself(name, case, monkeypatch):
+    """What Python does for each of many small parameters would take longer than the step."""
+    if not _ops.is_native(MOMENTA[name][0](make_params([(1,)]), 0.5)._OP, "cpu"):
+        pytest.skip("needs the native kernel")
+    make, _ = MOMENTA[name]
+    params = make_params([(3,)] * 4)
+    optimizer = make(params, 0.9 if case == "real" else TURNING)
+    run(optimizer, params, 1)
+    if case == "complex, then real":
+        optimizer.param_groups[0].update({"momentum": 0.9} if name == "ComplexSGD" else {"betas": (0.9, 0.99)})
+    set_grads(params, 1)
+    if case == "one frozen":
+        params[1].grad = None
+    before = [p.detach().clone() for p in params]
+
+    def refuse(*args):
+        raise AssertionError("a parameter was looked at")
+
+    monkeypatch.setattr(_base, "check_gradient", refuse)
+    optimizer.step()
+    moved = [not torch.equal(p, b) for p, b in zip(params, before, strict=True)]
+    assert moved == [True, case != "one frozen", True, True]

@@ -30,7 +30,7 @@ class ComplexMomentumOptimizer(CheckpointedOptimizer):
     _OP: ClassVar[str]  # a function of _ops, _foreach and _reference
     _BETA: ClassVar[str]  # the argument of the op that may be complex
     _IMAG: ClassVar[str]  # the state that is absent while the momentum is real; _STATE is in the order of the op
-    _directions: Sequence[complex] = ()  # of the momentum of each group, as a number of modulus 1
+    _directions: Mapping[int, complex] = {}  # of the momentum, as a number of modulus 1, by the id of the group
 
     def __init__(self, params: ParamsT, defaults: Group) -> None:
         plain_numbers(defaults, self._NUMBERS)
@@ -82,6 +82,7 @@ class ComplexMomentumOptimizer(CheckpointedOptimizer):
                     check_lr(type(self).__name__, group["lr"])
             return
         for group in self.param_groups:
+            plain_numbers(group, self._NUMBERS)  # a list could be changed unseen
             self._check_group(group, type(self).__name__)
         self._settle()
         self._remember()
@@ -91,13 +92,14 @@ class ComplexMomentumOptimizer(CheckpointedOptimizer):
         return list(itertools.chain.from_iterable(group.values() for group in self.param_groups))
 
     def _remember(self) -> None:
-        known = [*self._directions, *itertools.repeat(1.0, len(self.param_groups))]
-        betas = map(self._beta, self.param_groups)
-        self._directions = [beta / abs(beta) if beta != 0 else old for beta, old in zip(betas, known, strict=False)]
+        betas = [(id(group), self._beta(group)) for group in self.param_groups]
+        known = self._directions
+        self._directions = {key: beta / abs(beta) if beta != 0 else known.get(key, 1.0) for key, beta in betas}
 
     def _settle(self) -> None:
         """A scheduler that cycles the momentum sets a real one: that is its modulus, and the angle stays."""
-        for group, direction in zip(self.param_groups, self._directions, strict=False):
+        for group in self.param_groups:
+            direction = self._directions.get(id(group), 1.0)
             # Such schedulers leave their bounds in the group. An average has no angle.
             if direction != 1 and "base_momentum" in group and not group.get("bias_correction", False):
                 beta = self._beta(group)
@@ -174,6 +176,8 @@ class ComplexMomentumOptimizer(CheckpointedOptimizer):
             return False
         names = self._needed(group, {})
         states = self._states_of(params, start) if names else []
+        if states:
+            names = self._needed(group, states[0])  # an imaginary part outlives a complex momentum
         if names and self._IMAG not in names and any(self._IMAG in state for state in states):
             return False
         try:
@@ -236,9 +240,11 @@ class ComplexMomentumOptimizer(CheckpointedOptimizer):
         return f"param_groups[{number}]['params'][{index}]"
 
     def _check_batch(self, group: Group, batch: "Batch") -> None:
-        """What the op would check, without a step."""
-        check = getattr(_ops, f"check_{self._OP.rstrip('_')}")
+        """What the update would check, without a step."""
         lists = local_shards(batch.lists())
+        if self._implementation(group, batch.params[0].device) != "fused":
+            return  # knows no other rules than those of the gradients and the state
+        check = getattr(_ops, f"check_{self._OP.rstrip('_')}")
         check(*lists, torch.zeros((), device="cpu"), **self._split_options(group, batch.first))
 
     def _update(self, group: Group, batch: "Batch") -> None:

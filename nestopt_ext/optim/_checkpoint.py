@@ -50,9 +50,10 @@ class CheckpointedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         loading = self.__dict__.pop("_loading", None)
         super().__setstate__(state)
-        for group in self.param_groups:
+        for group in (self.defaults, *self.param_groups):
             for name, value in self._LATER.items():
                 group.setdefault(name, value)
+        for group in self.param_groups:
             plain_numbers(group, self._NUMBERS)  # some formats make a list of a tuple
         self._remember()
         if loading is not None:
@@ -68,6 +69,7 @@ class CheckpointedOptimizer(Optimizer):
 
         def encode(_: Optimizer, state_dict: dict[str, Any]) -> None:
             for group in state_dict["param_groups"]:
+                plain_numbers(group, self._NUMBERS)
                 self._encode(group)
 
         self._settle()

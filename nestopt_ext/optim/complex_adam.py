@@ -2,7 +2,7 @@
 
 import cmath
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -127,7 +127,8 @@ class ComplexAdam(ComplexMomentumOptimizer):
         "rescale_lr": False,
     }
 
-    _forms: Sequence[tuple[bool, float]] = ()  # of each group: is exp_avg an average? and what the sum is times that
+    # By the id of the group: is exp_avg an average? and what the sum is times that
+    _forms: Mapping[int, tuple[bool, float]] = {}
 
     def __init__(
         self,
@@ -240,23 +241,28 @@ class ComplexAdam(ComplexMomentumOptimizer):
         self._remember_forms()
 
     def _remember_forms(self) -> None:
-        self._forms = [(group["bias_correction"], long_run_gain(self._beta(group))) for group in self.param_groups]
+        self._forms = {
+            id(group): (group["bias_correction"], long_run_gain(self._beta(group))) for group in self.param_groups
+        }
+
+    def _form_changed(self, group: Group) -> bool:
+        form = self._forms.get(id(group))
+        return form is not None and form[0] != group["bias_correction"]
 
     def _settle(self) -> None:
         super()._settle()
-        pairs = zip(self.param_groups, self._forms, strict=False)
-        if any(group["bias_correction"] != averaged for group, (averaged, _) in pairs):
+        if any(map(self._form_changed, self.param_groups)):
             self._change_forms()
 
     @_disable_dynamo  # compiled, it would be done again in every later step
     def _change_forms(self) -> None:
         """Rescales the first moments of groups whose ``bias_correction`` was set to the other value."""
-        for group, (averaged, gain) in zip(self.param_groups, self._forms, strict=False):
-            if group["bias_correction"] != averaged:
-                # After the same gradients the sum is the average times this, exactly so with a real momentum.
-                factor = gain if averaged else 1 / gain
-                for state in [self.state[p] for p in group["params"] if p in self.state]:
-                    state.update({name: state[name] * factor for name in _FIRST_MOMENT if name in state})
+        for group in filter(self._form_changed, self.param_groups):
+            averaged, gain = self._forms[id(group)]
+            # After the same gradients the sum is the average times this, exactly so with a real momentum.
+            factor = gain if averaged else 1 / gain
+            for state in [self.state[p] for p in group["params"] if p in self.state]:
+                state.update({name: state[name] * factor for name in _FIRST_MOMENT if name in state})
         self._remember_forms()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
