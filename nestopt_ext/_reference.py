@@ -14,6 +14,16 @@ def opmath(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
+def plus(a: Tensor, b: Tensor, factor: float) -> Tensor:
+    """``a + factor * b``; Inductor (torch 2.13) drops the ``alpha`` of an ``add`` where a or b is a matrix product."""
+    return a + factor * b if torch.compiler.is_compiling() else a.add(b, alpha=factor)
+
+
+def _plus_(a: Tensor, b: Tensor, factor: float) -> Tensor:
+    """``a += factor * b``, likewise."""
+    return a.add_(factor * b) if torch.compiler.is_compiling() else a.add_(b, alpha=factor)
+
+
 def _number(t: Tensor, device: torch.device) -> Tensor:
     """A tensor of one element as a number of full precision on ``device``."""
     return t.to(device=device, dtype=torch.float32 if device.type == "mps" else torch.float64).reshape(())
@@ -74,13 +84,13 @@ def complex_adam_step_(
         if weight_decay != 0 and decoupled_weight_decay:
             decay = rate * weight_decay
             weight = weight - (decay.to(math) if isinstance(decay, Tensor) else decay) * weight
-        elif weight_decay != 0:  # not as add(alpha=), which Inductor drops where the gradient is a matrix product
-            grad = grad + weight_decay * weight
+        elif weight_decay != 0:
+            grad = plus(grad, weight, weight_decay)
         new = (1 - beta1) * grad if bias_correction else grad
         if exp_avgs_imag:
             previous = avg.clone()
-            avg.mul_(beta1).add_(exp_avgs_imag[i], alpha=-beta1_imag).add_(new)
-            exp_avgs_imag[i].mul_(beta1).add_(previous, alpha=beta1_imag)
+            _plus_(avg.mul_(beta1), exp_avgs_imag[i], -beta1_imag).add_(new)
+            _plus_(exp_avgs_imag[i].mul_(beta1), previous, beta1_imag)
         else:
             avg.mul_(beta1).add_(new)
         avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -94,7 +104,7 @@ def complex_adam_step_(
         if isinstance(rate, Tensor):
             param.copy_(weight.addcmul(step, rate.to(math), value=-1))
         else:
-            param.copy_(weight.add(step, alpha=-rate))
+            param.copy_(plus(weight, step, -rate))
 
 
 def complex_sgd_step_(
@@ -135,28 +145,28 @@ def complex_sgd_step_(
         if maximize:
             grad = -grad
         if weight_decay != 0:
-            grad = grad.add(weight, alpha=weight_decay)
+            grad = plus(grad, weight, weight_decay)
         step = grad
         if momentum_buffers:
             buf = momentum_buffers[i]
             if momentum_buffers_imag:
                 imag = momentum_buffers_imag[i]
                 previous = buf.clone()
-                buf.mul_(momentum).add_(imag, alpha=-momentum_imag).add_(grad, alpha=1 - dampening)
-                imag.mul_(momentum).add_(previous, alpha=momentum_imag)
-                step = grad.add(buf, alpha=momentum).add(imag, alpha=-momentum_imag) if nesterov else buf
+                _plus_(_plus_(buf.mul_(momentum), imag, -momentum_imag), grad, 1 - dampening)
+                _plus_(imag.mul_(momentum), previous, momentum_imag)
+                step = plus(plus(grad, buf, momentum), imag, -momentum_imag) if nesterov else buf
             else:
-                buf.mul_(momentum).add_(grad, alpha=1 - dampening)
-                step = grad.add(buf, alpha=momentum) if nesterov else buf
+                _plus_(buf.mul_(momentum), grad, 1 - dampening)
+                step = plus(grad, buf, momentum) if nesterov else buf
         if isinstance(lr, Tensor):
             if lr.requires_grad:  # keeps what the gradient of lr needs: the next step overwrites the buffer
                 step = step.clone()
             descend = weight.addcmul if weight is not param else weight.addcmul_
             weight = descend(step, lr.to(device=weight.device, dtype=math).reshape(()), value=-1)
         elif weight is param:
-            param.add_(step, alpha=-lr)
+            _plus_(param, step, -lr)
         else:
-            weight = weight.add(step, alpha=-lr)
+            weight = plus(weight, step, -lr)
         if weight is not param:
             param.copy_(weight)
 
@@ -180,7 +190,7 @@ def neumann_step_(
         term = v_i.to(math)
         step = av_i.to(math)
         if damping != 0:
-            step = step.add(term, alpha=damping)
+            step = plus(step, term, damping)
         if isinstance(alpha, Tensor):
             term = term - alpha.to(device=term.device, dtype=math).reshape(()) * step
         else:

@@ -484,6 +484,8 @@ BAD = [
     ({"bias_correction": 1}, TypeError, "bias_correction must be True or False; got 1"),
     ({"rescale_lr": None}, TypeError, "rescale_lr must be True or False; got None"),
     ({"capturable": "yes"}, TypeError, "capturable must be True or False; got 'yes'"),
+    ({"foreach": "no"}, TypeError, "foreach must be True, False or None; got 'no'"),
+    ({"fused": 0}, TypeError, "fused must be True, False or None; got 0"),
     (
         {"bias_correction": True, "betas": BETAS},
         ValueError,

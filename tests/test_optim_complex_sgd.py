@@ -464,6 +464,7 @@ BAD = [
     ({"dampening": 0.5j}, TypeError, "dampening must be a number; got 0.5j"),
     ({"dampening": True}, TypeError, "dampening must be a number; got True"),
     ({"rescale_lr": "no"}, TypeError, "rescale_lr must be True or False; got 'no'"),
+    ({"foreach": "no"}, TypeError, "foreach must be True, False or None; got 'no'"),
     ({"rescale_lr": True, "dampening": 1.0}, ValueError, "dampening must be below 1 with rescale_lr; got 1.0"),
     ({"nesterov": True, "momentum": 0.0}, ValueError, "nesterov must come with a momentum and zero dampening"),
     ({"nesterov": True, "momentum": 0j}, ValueError, "nesterov must come with a momentum and zero dampening"),
@@ -1188,6 +1189,29 @@ def test_compiled_step(momentum, fullgraph, implementation):
     assert counter.frame_count == 2
 
 
+@pytest.mark.parametrize(
+    "implementation", [IMPLEMENTATIONS["loop"], IMPLEMENTATIONS["foreach"]], ids=["loop", "foreach"]
+)
+@pytest.mark.parametrize("settings", [{}, {"dampening": 0.5}, {"weight_decay": 0.3}, {"nesterov": True}], ids=str)
+def test_compiled_step_on_a_gradient_that_is_a_matrix_product(settings, implementation):
+    """Inductor turns a sum with a matrix product into one kernel, and may lose the factor in it."""
+    torch.compiler.reset()
+    x, y = torch.randn(16, 8, dtype=torch.float64), torch.randn(16, 4, dtype=torch.float64)
+    params, twin = make_params([(8, 4)]), make_params([(8, 4)])
+    ours, theirs = (ComplexSGD(p, lr=0.01, **settings, **implementation) for p in (params, twin))
+
+    def train(param, optimizer):
+        param.grad = x.T @ (x @ param.detach() - y)
+        optimizer.step()
+        param.grad = None
+
+    compiled = torch.compile(train)
+    for _ in range(3):
+        compiled(params[0], ours)
+        train(twin[0], theirs)
+    torch.testing.assert_close(params, twin)
+
+
 def test_compiled_training_loop_is_one_graph():
     torch.compiler.reset()
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
@@ -1336,7 +1360,8 @@ def test_trains_a_network():
 def test_a_fault_in_a_late_parameter_is_found_before_the_others_move():
     base = torch.ones(6)
     params = [Parameter(torch.ones(2)), Parameter(base[:4]), Parameter(base[2:])]
-    optimizer = ComplexSGD(params, momentum=MOMENTUM, dampening=0.5)  # so that a first step is another call
+    # dampening, so that a first step is another call
+    optimizer = ComplexSGD(params, momentum=MOMENTUM, dampening=0.5, fused=True)
     params[0].grad = torch.ones(2)
     optimizer.step()
     for p in params:

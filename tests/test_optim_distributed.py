@@ -5,11 +5,18 @@ the whole batch and with whole tensors.
 """
 
 import copy
-import io
 
 import pytest
 import torch
-from optimizers import CONFIGURATIONS, IMPLEMENTATIONS, assert_all_close, make_params, set_grads, state_tensors
+from optimizers import (
+    CONFIGURATIONS,
+    IMPLEMENTATIONS,
+    assert_all_close,
+    from_file,
+    make_params,
+    set_grads,
+    state_tensors,
+)
 from processes import Processes
 
 pytestmark = pytest.mark.skipif(
@@ -54,13 +61,6 @@ def train(model, optimizer, steps, rank=None, first=0):
         optimizer.zero_grad()
         (model(x) if rank is None else model(x[4 * rank : 4 * rank + 4])).square().mean().backward()
         optimizer.step()
-
-
-def from_file(saved):
-    file = io.BytesIO()
-    torch.save(saved, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def whole(tensors):

@@ -176,7 +176,12 @@ def _compiled(problem: _inputs.Problem, expected: Expected) -> Contestant:
 
     @torch.compile(fullgraph=True, dynamic=False)
     def update(
-        params: list[Tensor], grads: list[Tensor], real: list[Tensor], imag: list[Tensor], sqs: list[Tensor]
+        params: list[Tensor],
+        grads: list[Tensor],
+        real: list[Tensor],
+        imag: list[Tensor],
+        sqs: list[Tensor],
+        steps: Tensor,  # an argument: what a closure changes is lost
     ) -> None:
         steps.add_(1)
         root = (1 - BETA2**steps).sqrt().float()
@@ -191,7 +196,7 @@ def _compiled(problem: _inputs.Problem, expected: Expected) -> Contestant:
     return Contestant(
         "torch.compile",
         BASELINE,
-        lambda: update(params, grads, real, imag, sqs),
+        lambda: update(params, grads, real, imag, sqs, steps),
         problem.traffic(3),
         lambda: [*params, *real, *sqs],
         expected,

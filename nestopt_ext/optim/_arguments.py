@@ -82,6 +82,9 @@ def check_flags(owner: str, group: Mapping[str, Any], names: tuple[str, ...]) ->
 
 def check_implementation(owner: str, group: Mapping[str, Any]) -> None:
     """At most one of ``foreach``, ``fused`` and ``differentiable`` may be asked for."""
+    for name in ("foreach", "fused"):
+        if group[name] is not None and not isinstance(group[name], bool):
+            raise TypeError(f"{owner}: {name} must be True, False or None; got {group[name]!r}.")
     asked = [name for name in ("foreach", "fused", "differentiable") if group[name]]
     if len(asked) > 1:
         raise ValueError(

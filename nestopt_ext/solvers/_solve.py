@@ -71,6 +71,6 @@ def _residual_norm(product: Product, outcome: Outcome, v: TensorList) -> torch.T
     """The norm of v - (A + damping I) x, a 0-dim tensor that is not waited for."""
     residual = product(outcome.value)
     for i, (right, x) in enumerate(zip(v, outcome.value, strict=True)):
-        shifted = residual[i].to(_reference.opmath(right.dtype)).add(x, alpha=outcome.damping)
+        shifted = _reference.plus(residual[i].to(_reference.opmath(right.dtype)), x, outcome.damping)
         residual[i] = shifted.sub_(right.detach())
     return _lists.norm(residual)
