@@ -66,7 +66,9 @@ def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(Fraction(part)) for part in text.split(","))
     except (ValueError, ZeroDivisionError, OverflowError):
-        raise argparse.ArgumentTypeError(f"must be numbers with commas between them; got {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"must be numbers such as 0.5,1/8 with commas between them; got {text!r}"
+        ) from None
 
 
 _TOLERANCE = ("--tolerance", float, "X", "share of the first distance at which a run is over")

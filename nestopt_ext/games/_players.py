@@ -24,7 +24,11 @@ class Game(Protocol):
     """Anything with players and one loss for each of them.
 
     ``players`` are tensors that require grad, in any of the forms of :data:`Player`. ``losses(players)`` returns one
-    loss for each player, with a graph: scalars, or tensors of shape (B,) for B independent starts.
+    loss for each player, ``losses[i]`` the one that ``players[i]`` minimizes, with a graph: scalars, or tensors of
+    shape (B,) for B independent starts.
+
+    Detach nothing in it. GAN code detaches the generator in the discriminator's loss to save time; here that would take
+    the generator out of this loss, and the Jacobian and the corrected directions would be wrong without a sign.
     """
 
     @property

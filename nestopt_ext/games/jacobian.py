@@ -46,7 +46,8 @@ def gradients(losses: Sequence[Tensor], players: Sequence[Player], *, create_gra
 def game_jacobian(losses: Sequence[Tensor], players: Sequence[Player]) -> GameJacobian:
     r"""The Jacobian :math:`J = d\xi/dw` of the simultaneous gradient, an operator on tensors like the players.
 
-    The same as ``GameJacobian(losses, players)``; see there.
+    The same as ``GameJacobian(losses, players)``; see there. Losses are to be computed without ``.detach()``: what was
+    detached has a zero block.
 
     >>> x = torch.tensor(2.0, requires_grad=True)
     >>> y = torch.tensor(3.0, requires_grad=True)

@@ -321,7 +321,8 @@ def _as_tensor(caller: str, name: str, value: object, *, sequence: bool = False)
         wrong = next((x for x in items if not isinstance(x, Complex) or isinstance(x, bool)), None)
         if wrong is not None or (sequence and not isinstance(value, Sequence)):
             wanted = "a tensor or a sequence of numbers" if sequence else "a number or a tensor"
-            raise TypeError(f"{caller}: {name} must be {wanted}; got {value!r}.")
+            remedy = " Pass its .eigenvalues." if hasattr(value, "eigenvalues") else ""
+            raise TypeError(f"{caller}: {name} must be {wanted}; got {value!r:.80}.{remedy}")
         real = all(isinstance(x, Real) for x in items)
         tensor = torch.tensor(items, dtype=torch.float64 if real else torch.complex128)
         tensor = tensor if sequence else tensor[0]

@@ -88,6 +88,11 @@ def optimal_momentum(eigenvalues: Eigenvalues, *, alternating: bool = False, rob
     0.341, but 0.44 to 0.56 if beta is 0.001 off or the eigenvalue 0.1 %. Ask for as much ``robust`` as the eigenvalues
     are uncertain.
 
+    This is the linear theory: it holds at a solution, and anywhere for a game with quadratic losses. Elsewhere, and for
+    a network in training, eigenvalues may be negative or nearly zero, and no lr and beta come out or none that means
+    anything; begin with the default of :class:`nestopt_ext.ComplexSGD` there. The slowest eigenvalues decide the rate,
+    so the leading ones alone promise too much.
+
     Args:
         eigenvalues: of the game's Jacobian J, shape (n,). Those that agree up to conjugation count once.
         alternating: whether the two players of a bilinear zero-sum game take turns; all eigenvalues are then imaginary.
@@ -120,7 +125,7 @@ def optimal_momentum(eigenvalues: Eigenvalues, *, alternating: bool = False, rob
         worst = values[(values.real < 0) & (values.imag == 0)][0].real.item()
         raise ValueError(
             f"{caller}: eigenvalues must not be real and negative, the mark of a game that no lr and beta stabilize;"
-            f" got {worst:.4g}."
+            f" got {worst:.4g}. Take the Jacobian at a solution: away from one it says nothing of convergence."
         )
     choices = [_best(method, values, robust) for method in _Family.momentum(alternating)]
     found = [choice for choice in choices if choice is not None]

@@ -131,7 +131,10 @@ class _Table:
         if not hasattr(game, "players") or not callable(getattr(game, "losses", None)):
             raise TypeError(f"{caller}: game must have players and losses(players); got {_lists.value_name(game)}.")
         if direction is not None and not callable(direction):
-            raise TypeError(f"{caller}: direction must be None or callable; got {_lists.value_name(direction)}.")
+            raise TypeError(
+                f"{caller}: direction must be None or callable, such as functools.partial(games.lola, lr=0.1);"
+                f" got {_lists.value_name(direction)}."
+            )
         self._caller = caller
         self._game = game
         self._players = Players(caller, game.players)

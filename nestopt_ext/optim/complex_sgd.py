@@ -35,7 +35,8 @@ class ComplexSGD(ComplexMomentumOptimizer):
         params: tensors, named tensors or groups, as every torch optimizer takes them. Complex parameters count as pairs
             of real ones.
         lr: step size, >= 0; a tensor of one element may be changed in place without recompiling a compiled step.
-        momentum: real or complex, of modulus below 1; ``cmath.rect(modulus, angle)`` makes one from polar form.
+        momentum: real or complex, of modulus below 1; ``cmath.rect(0.9, math.pi / 8)`` makes one of a modulus
+            and an angle in radians.
         dampening: the gradient enters the buffer times ``1 - dampening``, from the second step on.
         weight_decay: added to the gradient times the parameter, >= 0.
         nesterov: look ahead along the buffer; needs a momentum and zero dampening.

@@ -18,7 +18,8 @@ def findings(result: MixtureResult) -> list[str]:
         f"Ring of {config.modes} Gaussians; simultaneous {config.optimizer}, {config.loss} loss, {config.steps} steps."
         f" Mean (standard deviation) over test seeds {config.test.start} to {config.test.stop - 1}; every momentum with"
         f" the best of {len(config.learning_rates)} effective learning rates on"
-        f" {config.tuning_seeds} other seed{'s' * (config.tuning_seeds > 1)}."
+        f" {config.tuning_seeds} other seed{'s' * (config.tuning_seeds > 1)}. Modes covered are a mean over the second"
+        " half of the looks at each training."
     ]
     best = result.best(lambda cell: True)
     turned = result.best(lambda cell: not cell.is_real)
