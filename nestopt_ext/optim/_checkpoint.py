@@ -17,7 +17,7 @@ class CheckpointedOptimizer(Optimizer):
     """An optimizer that checks the checkpoints it loads, and copies their tensors into state of its own kind."""
 
     _STATE: ClassVar[tuple[str, ...]]  # names of the state
-    _NEEDS: ClassVar[Mapping[str, tuple[str, ...]]]  # what a saved state must hold beside a name
+    _NEEDS: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # what a saved state must hold beside a name
     _NUMBERS: ClassVar[tuple[str, ...]]  # hyperparameters that every checkpoint holds
     _LATER: ClassVar[Mapping[str, Any]]  # those that older checkpoints lack, and what that stands for
 
@@ -113,13 +113,17 @@ class CheckpointedOptimizer(Optimizer):
             self._check_group({**self._LATER, **group}, owner)
         state_dict = {**state_dict, "param_groups": groups}
         for param, key, saved in saved_states(self.param_groups, state_dict):
-            held = [name for name in self._STATE if saved.get(name) is not None]
-            for name in held:
-                check_saved(owner, key, name, saved[name], param)
-                lacking = [other for other in self._NEEDS.get(name, ()) if other not in held]
-                if lacking:
-                    raise ValueError(f"{owner}: state[{key!r}][{name!r}] must come with {lacking[0]!r}; got none.")
+            self._check_saved_state(owner, param, key, saved)
         return state_dict
+
+    def _check_saved_state(self, owner: str, param: Tensor, key: Any, saved: Mapping[str, Any]) -> None:
+        """Raises for a saved state that does not fit its parameter or lacks a part."""
+        held = [name for name in self._STATE if saved.get(name) is not None]
+        for name in held:
+            check_saved(owner, key, name, saved[name], param)
+            lacking = [other for other in self._NEEDS.get(name, ()) if other not in held]
+            if lacking:
+                raise ValueError(f"{owner}: state[{key!r}][{name!r}] must come with {lacking[0]!r}; got none.")
 
     def _restore(self, state_dict: dict[str, Any]) -> None:
         groups = {id(p): group for group in self.param_groups for p in group["params"]}

@@ -9,24 +9,15 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from ._arguments import check_betas, check_flags, check_lr, check_real, plain_numbers
-from ._state import (
-    STEP,
-    check_gradient,
-    check_saved,
-    check_state,
-    check_state_dict,
-    new_buffer,
-    new_step,
-    restored,
-    saved_states,
-)
+from ._checkpoint import CheckpointedOptimizer
+from ._state import STEP, check_gradient, check_state, new_buffer, new_step
 from ._updates import Moments, copy_, gradients, widened
 
 ADAM_STATE = (STEP, "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _CPU = torch.device("cpu")  # where steps are counted, so that no device is waited for
 
 
-class ListOptimizer(Optimizer):
+class ListOptimizer(CheckpointedOptimizer):
     """An optimizer whose step is made of whole batches of tensors.
 
     A step has two parts: :meth:`_batches` looks at every group, parameter, gradient and state and raises before
@@ -35,6 +26,11 @@ class ListOptimizer(Optimizer):
 
     _STATE: ClassVar[tuple[str, ...]] = ()  # what `_state.py` makes and checks: buffers like the parameter, the count
     _TOGETHER: ClassVar[tuple[str, ...]] = ()  # those of a saved state that make no sense alone
+    _NUMBERS = ()
+
+    @property
+    def _LATER(self) -> dict[str, Any]:  # type: ignore[override]  # a checkpoint may lack any hyperparameter
+        return {name: value for name, value in self.defaults.items() if name != "differentiable"}  # torch's own
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         plain_numbers(defaults, defaults)
@@ -91,58 +87,18 @@ class ListOptimizer(Optimizer):
         """Whether the state holds the direction of an earlier step; parameters of one batch agree in it."""
         return False
 
-    # ---- copies and checkpoints -------------------------------------------------------------------------------------
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        loading = self.__dict__.pop("_loading", None)
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                if name != "differentiable":  # torch keeps it there alone
-                    group.setdefault(name, value)
-        if loading is not None:
-            for param, _, saved in saved_states(self.param_groups, loading):
-                self._restore(param, saved)
+    def _step_device(self, group: dict[str, Any], param: Tensor) -> torch.device:
+        return _CPU
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a checkpoint of this class or of its counterpart in ``torch.optim``; its tensors are copied.
-
-        Other than :meth:`torch.optim.Optimizer.load_state_dict` it checks hyperparameters and state before anything
-        changes, and keeps float32 state beside 16-bit parameters.
-        """
-
-        def check(_: Optimizer, final: dict[str, Any]) -> None:
-            self._check_loaded(final, f"{type(self).__name__}.load_state_dict")
-            self._loading = final
-
-        hook = self.register_load_state_dict_pre_hook(check)  # the last to run: it sees what will be loaded
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            hook.remove()
-            self.__dict__.pop("_loading", None)
-
-    def _check_loaded(self, state_dict: dict[str, Any], owner: str) -> None:
-        check_state_dict(owner, state_dict)
-        for group in state_dict["param_groups"]:
-            self._check_group({**self.defaults, **group}, owner)
-        for param, key, saved in saved_states(self.param_groups, state_dict):
-            for name in self._STATE:
-                if saved.get(name) is not None:
-                    check_saved(owner, key, name, saved[name], param)
-            missing = [name for name in self._TOGETHER if saved.get(name) is None]
-            if missing and len(missing) < len(self._TOGETHER):
-                raise ValueError(
-                    f"{owner}: state[{key!r}] must hold {', '.join(self._TOGETHER)} together; got no {missing[0]}."
-                )
-
-    def _restore(self, param: Tensor, saved: Mapping[str, Any]) -> None:
-        """Copies what was saved into the state of one parameter, as this class would have made it."""
-        for name in self._STATE:
-            if saved.get(name) is not None:
-                self.state[param][name] = restored(name, saved[name], param, _CPU)
-            else:
-                self.state[param].pop(name, None)
+    def _check_saved_state(self, owner: str, param: Tensor, key: Any, saved: Mapping[str, Any]) -> None:
+        super()._check_saved_state(owner, param, key, saved)
+        missing = [name for name in self._TOGETHER if saved.get(name) is None]
+        if missing and len(missing) < len(self._TOGETHER):
+            raise ValueError(
+                f"{owner}: state[{key!r}] must hold {', '.join(self._TOGETHER)} together; got no {missing[0]}."
+            )
 
 
 @dataclass

@@ -163,8 +163,9 @@ class _Extragradient(ListOptimizer):
                 f" {param.device}. Call restore() before changing .data."
             )
 
-    def _check_loaded(self, state_dict: dict[str, Any], owner: str) -> None:
-        super()._check_loaded(state_dict, owner)
+    def _checked_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        state_dict = super()._checked_state_dict(state_dict)
+        owner = f"{type(self).__name__}.load_state_dict"
         found = [group.get("extrapolated", False) for group in state_dict["param_groups"]]
         if len(set(found)) > 1:
             raise ValueError(f"{owner}: extrapolated must be the same in all param_groups; got {found}.")
@@ -176,11 +177,13 @@ class _Extragradient(ListOptimizer):
                         f"{owner}: state[{key!r}] must hold {_SAVED} only while the groups are extrapolated;"
                         " got one while they are not."
                     )
+        return state_dict
 
-    def _restore(self, param: Tensor, saved: Mapping[str, Any]) -> None:
-        super()._restore(param, saved)
-        if saved.get(_SAVED) is not None:
-            self.state[param][_SAVED] = torch.empty_like(param, requires_grad=False).copy_(saved[_SAVED].detach())
+    def _restore(self, state_dict: dict[str, Any]) -> None:
+        super()._restore(state_dict)
+        for param, _, saved in saved_states(self.param_groups, state_dict):
+            if saved.get(_SAVED) is not None:
+                self.state[param][_SAVED] = torch.empty_like(param, requires_grad=False).copy_(saved[_SAVED].detach())
 
 
 class ExtraSGD(_Extragradient):
