@@ -9,7 +9,7 @@ from typing import Any
 
 from .._progress import ProgressBar
 from .checkpoint import CheckpointError
-from .command import Call, StopRequest, UsageError, free_folder, print_tables, say_no_picture
+from .command import Call, StopRequest, print_tables, say_no_picture
 from .games import (
     adversarialness_plots,
     adversarialness_report,
@@ -35,7 +35,8 @@ from .games.mixture import num_pieces as mixture_pieces
 from .games.mixture_config import MixtureConfig
 from .games.spectra import SpectraConfig, check_inputs, spectra
 from .games.spectra import num_pieces as spectra_pieces
-from .run_folder import FolderError, begin, check_usable, stored_config
+from .job import prepare
+from .run_folder import begin
 from .tune import Interrupted
 
 Table = tuple[list[str], list[list[str]]]
@@ -245,7 +246,7 @@ def _number(value: float) -> str:
 
 
 def _run(experiment: _Experiment, typed: dict[str, Any], call: Call) -> int:
-    job = _prepare(experiment, typed)
+    job = prepare(typed, experiment.config, checked=_checked, quick=experiment.quick, default_folder=_default_folder)
     # The folder is touched when nothing is left that the caller could have got wrong.
     experiment.check_inputs(job.config)
     if not job.resume:
@@ -270,41 +271,10 @@ def _run(experiment: _Experiment, typed: dict[str, Any], call: Call) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A run to make in ``folder``, or to continue there."""
-
-    config: GameConfig
-    folder: Path
-    resume: bool = False
-    overwrite: bool = False
-
-
-def _prepare(experiment: _Experiment, typed: dict[str, Any]) -> _Job:
-    """What was asked for, with the arguments and the folder checked and nothing touched."""
-    resume, output = typed.pop("resume", None), typed.pop("output", None)
-    quick, overwrite = typed.pop("quick", False), typed.pop("overwrite", False)
-    if resume is not None:
-        for name, given in (("--output", output), ("--quick", quick), ("--overwrite", overwrite)):
-            if given:
-                raise UsageError(f"--resume continues a run as it was started; {name} cannot be given with it.")
-        return _Job(_stored(experiment, Path(resume), typed), Path(resume), resume=True)
-    config = experiment.config(**({**experiment.quick, **typed} if quick else typed))
+def _checked(config: GameConfig) -> GameConfig:
     config.check()
-    default = Path("runs") / f"games-{config.experiment}-{config.seed}"
-    folder = Path(output) if output is not None else default if overwrite else free_folder(default)
-    check_usable(folder, config, overwrite=overwrite)
-    return _Job(config, folder, overwrite=overwrite)
-
-
-def _stored(experiment: _Experiment, folder: Path, typed: dict[str, Any]) -> GameConfig:
-    """The configuration of the run in ``folder``; what was typed must agree with it."""
-    try:
-        config: GameConfig = stored_config(folder, experiment.config)
-    except FolderError as error:
-        raise UsageError(f"--resume {error} There is no run to continue.") from error
-    for name, value in typed.items():
-        if value != getattr(config, name):
-            option = "--" + name.replace("_", "-")
-            raise UsageError(f"{option} {value} conflicts with the run in {folder}, which has {getattr(config, name)}.")
     return config
+
+
+def _default_folder(config: GameConfig) -> Path:
+    return Path("runs") / f"games-{config.experiment}-{config.seed}"

@@ -1,7 +1,6 @@
 """The command `tune`: its options, its run folder, its run."""
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +8,11 @@ from .._progress import ProgressBar
 from . import config as choices
 from . import data, run_folder
 from .checkpoint import CheckpointError
-from .command import Call, StopRequest, UsageError, free_folder, say_no_picture
+from .command import Call, StopRequest, say_no_picture
 from .config import TuneConfig
+from .job import prepare
 from .plots import save_picture
 from .report import print_table
-from .run_folder import FolderError
 from .tune import Interrupted, TuneError, load_inputs, tune
 
 #: What --quick sets where nothing else is said: a look at the whole path in a few seconds, not a result.
@@ -111,7 +110,14 @@ def _run(typed: dict[str, Any]) -> int:
 
 
 def _tune(typed: dict[str, Any], call: Call) -> int:
-    job = _prepare(typed)
+    job = prepare(
+        typed,
+        TuneConfig,
+        checked=TuneConfig.resolved,
+        quick=_QUICK,
+        default_folder=_default_folder,
+        movable=("data_dir",),
+    )
     # The folder is touched when nothing is left that the caller could have got wrong.
     inputs = load_inputs(job.config)
     if not job.resume:
@@ -134,46 +140,6 @@ def _tune(typed: dict[str, Any], call: Call) -> int:
         say_no_picture()
     print(f"Log, checkpoint and picture: {folder}")
     return 0
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """A run to make in ``folder``, or to continue there."""
-
-    config: TuneConfig
-    folder: Path
-    resume: bool = False
-    overwrite: bool = False
-
-
-def _prepare(typed: dict[str, Any]) -> _Job:
-    """What was asked for, with the arguments and the folder checked and nothing touched."""
-    resume, output = typed.pop("resume", None), typed.pop("output", None)
-    quick, overwrite = typed.pop("quick", False), typed.pop("overwrite", False)
-    if resume is not None:
-        for name, given in (("--output", output), ("--quick", quick), ("--overwrite", overwrite)):
-            if given:
-                raise UsageError(f"--resume continues a run as it was started; {name} cannot be given with it.")
-        return _Job(_stored(Path(resume), typed), Path(resume), resume=True)
-    config = TuneConfig(**({**_QUICK, **typed} if quick else typed)).resolved()
-    default = _default_folder(config)
-    folder = Path(output) if output is not None else default if overwrite else free_folder(default)
-    run_folder.check_usable(folder, config, overwrite=overwrite)
-    return _Job(config, folder, overwrite=overwrite)
-
-
-def _stored(folder: Path, typed: dict[str, Any]) -> TuneConfig:
-    """The configuration of the run in ``folder``; what was typed must agree with it, but the data may have moved."""
-    try:
-        config: TuneConfig = run_folder.stored_config(folder, TuneConfig)
-    except FolderError as error:
-        raise UsageError(f"--resume {error} There is no run to continue.") from error
-    moved = {"data_dir": typed.pop("data_dir")} if "data_dir" in typed else {}
-    for name, value in typed.items():
-        if value != getattr(config, name):
-            option = "--" + name.replace("_", "-")
-            raise UsageError(f"{option} {value} conflicts with the run in {folder}, which has {getattr(config, name)}.")
-    return dataclasses.replace(config, **moved)
 
 
 def _default_folder(config: TuneConfig) -> Path:
