@@ -15,7 +15,7 @@ from . import _foreach
 from ._arguments import check_lr, plain_numbers
 from ._checkpoint import CheckpointedOptimizer, Group
 from ._dtensor import call_on_shards, local_shards
-from ._state import STEP, check_gradient, check_state, new_buffer, new_step
+from ._state import STEP, as_real, check_gradient, check_state, new_buffer, new_step
 
 State = dict[str, Any]
 
@@ -326,11 +326,10 @@ class Batch:
         self, param: Tensor, grad: Tensor, now: Mapping[str, Tensor], state: State, new: dict[str, Tensor]
     ) -> None:
         """Adds one parameter; a complex one as a real tensor of pairs."""
-        as_real = torch.view_as_real if param.is_complex() else lambda t: t
         self.params.append(as_real(param))
         self.grads.append(as_real(grad.resolve_conj()))
         for name, value in now.items():
-            self.state[name].append(as_real(value) if name != STEP else value)
+            self.state[name].append(as_real(value))
         self.states.append(state)
         self.new_state.append(new)
 

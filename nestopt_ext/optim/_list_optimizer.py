@@ -10,7 +10,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from ._arguments import check_betas, check_flags, check_lr, check_real, plain_numbers
 from ._checkpoint import CheckpointedOptimizer
-from ._state import STEP, check_gradient, check_state, new_buffer, new_step
+from ._state import STEP, as_real, check_gradient, check_state, new_buffer, new_step
 from ._updates import Moments, copy_, gradients, widened
 
 ADAM_STATE = (STEP, "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -123,7 +123,7 @@ class Batch:
     @property
     def params(self) -> list[Tensor]:
         """The parameters; a complex one as pairs, as everywhere here."""
-        return [_as_real(param) for param in self.owners]
+        return [as_real(param) for param in self.owners]
 
     def weights(self) -> list[Tensor]:
         """The parameters to be moved, in the dtype of their arithmetic; then :meth:`write` them."""
@@ -138,7 +138,7 @@ class Batch:
         """What the parameters descend by; may be the gradients themselves, so only to be read."""
         return gradients(
             self.params,
-            [_as_real(param.grad.resolve_conj()) for param in self.owners if param.grad is not None],
+            [as_real(param.grad.resolve_conj()) for param in self.owners if param.grad is not None],
             weight_decay=self.group["weight_decay"],
             maximize=self.group["maximize"],
             grad_scale=grad_scale,
@@ -149,7 +149,7 @@ class Batch:
         for param in self.owners:
             if name not in self.optimizer.state[param]:
                 self.optimizer.state[param][name] = new_step(_CPU) if name == STEP else new_buffer(param)
-        return [_as_real(self.optimizer.state[param][name]) for param in self.owners]
+        return [as_real(self.optimizer.state[param][name]) for param in self.owners]
 
     def moments(self) -> Moments:
         """Adam's state."""
@@ -170,7 +170,3 @@ def check_adam(owner: str, group: Mapping[str, Any]) -> None:
     check_real(owner, "betas[0]", group["betas"][0], minimum=0.0)
     check_real(owner, "eps", group["eps"], minimum=0.0)
     check_flags(owner, group, ("amsgrad",))
-
-
-def _as_real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

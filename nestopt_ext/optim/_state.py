@@ -13,6 +13,12 @@ from .._reference import opmath
 
 STEP = "step"
 
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A complex tensor as a real one of pairs."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
 # ---- made -----------------------------------------------------------------------------------------------------------
 
 
