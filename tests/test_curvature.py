@@ -46,6 +46,7 @@ def test_operators_add_and_scale():
     combined = 2 * a + Hessian(loss.square(), problem.params) * 0.5
     square = Hessian(loss.square(), problem.params).dense()
     torch.testing.assert_close(combined.dense(), 2 * problem.hessian + 0.5 * square)
+    torch.testing.assert_close(a.damped(0.5).dense(), problem.hessian + 0.5 * torch.eye(8, dtype=F64))
     with pytest.raises(TypeError):
         a + 1.0
     with pytest.raises(TypeError):
@@ -53,6 +54,14 @@ def test_operators_add_and_scale():
     other = ridge()
     with pytest.raises(ValueError, match="same params"):
         a + Hessian(other.losses()[1], other.params)
+
+
+def test_params_may_come_in_another_order_and_structure():
+    problem = PROBLEMS["named_ridge"]()
+    hessian = Hessian(problem.losses()[1], problem.params)
+    turned = Hessian(problem.losses()[1], [problem.params["bias"], problem.params["weight"]])
+    torch.testing.assert_close((hessian + turned).dense(), 2 * problem.hessian)
+    assert set((hessian + turned)(like(problem.params, 90))) == {"weight", "bias"}
 
 
 def test_unused_params_and_linear_losses_give_zeros():

@@ -1,6 +1,6 @@
 """Products with the curvature of a loss, and the operators that give them."""
 
-from ._operator import CurvatureOperator
+from ._operator import CurvatureOperator, Diagonal
 from .hessian import Hessian, hvp
 
-__all__ = ["CurvatureOperator", "Hessian", "hvp"]
+__all__ = ["CurvatureOperator", "Diagonal", "Hessian", "hvp"]

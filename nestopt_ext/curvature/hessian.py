@@ -38,7 +38,8 @@ class Hessian(CurvatureOperator):
         super().__init__(flat, structure)
         self._gradient = Gradient("Hessian", "loss", loss, flat)
 
-    def _product(self, v: TensorList) -> TensorList:
+    def flat_product(self, v: TensorList) -> TensorList:
+        """The product with a list like the params."""
         return self._gradient.product(v)
 
 
