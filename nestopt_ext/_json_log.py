@@ -19,14 +19,18 @@ class JsonLog:
         self._file: IO[bytes] | None = None
         if path is None:
             return
+        self.require(path, keep_bytes)
         self._file = path.open("r+b" if path.exists() else "w+b")
-        held = self._file.seek(0, os.SEEK_END)
-        if held < keep_bytes:
-            self._file.close()
-            raise OSError(f"{path}: must hold the {keep_bytes} bytes that the checkpoint counts; got {held}")
         self._file.seek(keep_bytes)
         self._file.truncate()
         self.position = keep_bytes
+
+    @staticmethod
+    def require(path: Path, size: int) -> None:
+        """Raises OSError unless the log holds as many bytes as a checkpoint counts; changes nothing."""
+        held = path.stat().st_size if path.exists() else 0
+        if held < size:
+            raise OSError(f"{path}: must hold the {size} bytes that the checkpoint counts; got {held}")
 
     def write(self, event: str, **values: Any) -> None:
         """Appends one line."""
@@ -41,14 +45,18 @@ class JsonLog:
         if self._file is not None:
             os.fsync(self._file.fileno())
 
+    def close(self) -> None:
+        """Lets go of the file."""
+        if self._file is not None:
+            self._file.close()
+
     def __enter__(self) -> "JsonLog":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            self._file.close()
+        self.close()
 
 
 def _finite(value: Any) -> Any:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
-from .. import _lists
+from .. import _lists, _reference
 from .._types import Loss, MatVec, TensorList, Tensors
 from ..curvature._gradient import Gradient, check_params
 from ..solvers import Solver
+from ..solvers._outcome import Verdict, judge, warn
 from ..solvers._product import Product
-from ..solvers._solve import check_solver, inverse_product
+from ..solvers._solve import check_solver
 
 
 class Variables:
@@ -41,6 +44,15 @@ class Variables:
                     raise ValueError(f"{self.caller}: {label} must not be one of params; got {other}.")
 
 
+@dataclass(frozen=True)
+class Solve:
+    """An inverse product, how it ended, and the products it took."""
+
+    value: TensorList
+    verdict: Verdict
+    num_products: int
+
+
 class InnerProblem:
     """The inner loss, differentiated once, and a way to invert its curvature."""
 
@@ -60,13 +72,30 @@ class InnerProblem:
         return self._gradient.loss_uses(hparams)
 
     def response(self, v: TensorList, hparams: TensorList) -> list[Tensor | None]:
-        """``v`` A^-1 d2L/dparams dhparams: the outer gradient ``v``, carried through the response of the params.
+        """``v`` A^-1 d2L/dparams dhparams; warns once if the solve cannot be trusted."""
+        solve = self.solve(v)
+        warn(self._variables.caller, solve.verdict)
+        return self.carry(solve.value, hparams)
+
+    def solve(self, v: TensorList, start: TensorList | None = None) -> Solve:
+        """A^-1 ``v``, from ``start`` on: the solver gets what it leaves of ``v`` and finds what is to be added to it.
+
+        For a series, and for conjugate gradients, that is the same as starting there. It takes one more product.
+        """
+        caller = self._variables.caller
+        product = self._product(v)
+        right = v if start is None else _rest(product, v, start, getattr(self._solver, "damping", 0.0))
+        outcome = self._solver.run(product, right)
+        value = outcome.value if start is None else [x + x0 for x, x0 in zip(outcome.value, start, strict=True)]
+        return Solve(value, judge(caller, outcome), product.count)
+
+    def carry(self, solved: TensorList, hparams: TensorList) -> list[Tensor | None]:
+        """``solved`` d2L/dparams dhparams: the solved outer gradient, carried through the response of the params.
 
         The gradient in params is differentiated in ``hparams``, not the other way round, which costs the same for any
         number of them.
         """
-        caller = self._variables.caller
-        return self._gradient.mixed(hparams, inverse_product(caller, self._product(v), v, self._solver))
+        return self._gradient.mixed(hparams, solved)
 
     def _product(self, v: TensorList) -> Product:
         caller = self._variables.caller
@@ -74,3 +103,13 @@ class InnerProblem:
             return Product(caller, self._curvature, self._variables.structure, v, name="curvature")
         _, structure = _lists.flatten(caller, "params", v)
         return Product(caller, self._gradient.product, structure, v, name="inner_loss's Hessian")
+
+
+def _rest(product: Product, v: TensorList, start: TensorList, damping: float) -> TensorList:
+    """V - (A + damping I) start, the difference taken in the dtype of the arithmetic."""
+    rest = []
+    for right, x, ax in zip(v, start, product(start), strict=True):
+        wide = _reference.opmath(right.dtype)
+        shifted = _reference.plus(ax.detach().to(wide), x, damping)
+        rest.append((right.detach() - shifted).to(right.dtype))
+    return rest

@@ -1,5 +1,8 @@
 """The gradient of an outer loss in hyperparameters, by the implicit function theorem."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -7,7 +10,8 @@ from .._types import Loss, MatVec, TensorList, Tensors
 from ..curvature._evaluation import evaluate, preserved_rng
 from ..curvature._gradient import named_faults
 from ..solvers import Neumann, Solver
-from ._problem import InnerProblem, Variables
+from ..solvers._outcome import warn
+from ._problem import InnerProblem, Solve, Variables
 
 
 def hypergradient(
@@ -57,38 +61,66 @@ def hypergradient(
     """
     caller = "hypergradient"
     variables = Variables(caller, params, hparams, all_hparams=True)
+    found = implicit_gradient(variables, outer_loss, inner_loss, solver, lambda: curvature)
+    if found.solve is not None:
+        warn(caller, found.solve.verdict)
+    return found.grads
+
+
+@dataclass(frozen=True)
+class ImplicitGradient:
+    """A hypergradient, the outer loss it is of, and the solve behind it, None where no param is in the outer loss."""
+
+    grads: tuple[Tensor, ...]
+    outer_loss: Tensor
+    solve: Solve | None
+
+
+def implicit_gradient(
+    variables: Variables,
+    outer_loss: Loss,
+    inner_loss: Loss,
+    solver: Solver,
+    curvature: Callable[[], MatVec | None],
+    start: TensorList | None = None,
+) -> ImplicitGradient:
+    """The hypergradient with what there is to know of its solve, which begins at ``start``; never warns.
+
+    ``curvature`` is asked for the operator between the evaluation of the outer loss and that of the inner one.
+    """
+    caller = variables.caller
     with preserved_rng():
-        outer_grads, direct = _outer_gradients(caller, outer_loss, variables)
-        inner = InnerProblem(variables, inner_loss, solver, curvature)
+        loss, outer_grads, direct = _outer_gradients(caller, outer_loss, variables)
+        inner = InnerProblem(variables, inner_loss, solver, curvature())
+        solve = None if outer_grads is None else inner.solve(outer_grads, start)
         response: list[Tensor | None] = [None] * len(variables.hparams)
-        if outer_grads is not None:
-            response = inner.response(outer_grads, variables.hparams)
+        if solve is not None:
+            response = inner.carry(solve.value, variables.hparams)
         unused = all(t is None for t in (*direct, *response))
         if unused and not inner.uses(variables.hparams):
             raise ValueError(
                 f"{caller}: hparams must be used by outer_loss or inner_loss; got {len(direct)} in neither graph."
                 " Compute the losses from these very tensors, not from copies or .data."
             )
-    return tuple(map(_difference, direct, response, variables.hparams))
+    return ImplicitGradient(tuple(map(_difference, direct, response, variables.hparams)), loss, solve)
 
 
 def _outer_gradients(
     caller: str, outer_loss: Loss, variables: Variables
-) -> tuple[TensorList | None, tuple[Tensor | None, ...]]:
-    """The gradient of the outer loss in params, None where it uses none of them, and in hparams."""
+) -> tuple[Tensor, TensorList | None, tuple[Tensor | None, ...]]:
+    """The outer loss, its gradient in params, None where it uses none of them, and in hparams."""
     outer = evaluate(caller, "outer_loss", outer_loss)
     inputs = [*variables.params, *variables.hparams]
     with outer.differentiating(), named_faults(caller, "outer_loss"):
         grads = torch.autograd.grad(outer.loss, inputs, retain_graph=True, allow_unused=True)
     if all(g is None for g in grads):
         raise ValueError(f"{caller}: outer_loss must depend on params or hparams; got a graph that none of them is in.")
-    size = len(variables.params)
+    loss, size = outer.loss.detach(), len(variables.params)
     in_params, in_hparams = grads[:size], grads[size:]
     if all(g is None for g in in_params):
-        return None, in_hparams
-    return [
-        torch.zeros_like(p) if g is None else g.detach() for p, g in zip(variables.params, in_params, strict=True)
-    ], in_hparams
+        return loss, None, in_hparams
+    pairs = zip(variables.params, in_params, strict=True)
+    return loss, [torch.zeros_like(p) if g is None else g.detach() for p, g in pairs], in_hparams
 
 
 def _difference(direct: Tensor | None, response: Tensor | None, like: Tensor) -> Tensor:
