@@ -38,6 +38,7 @@ class TrainingDiverged(RuntimeError):
 class Training:
     """A model, its problem, and the loop that trains and tunes; stops between any two steps and continues exactly.
 
+    The model has no buffers: what a checkpoint holds of it are its parameters.
     ``inner_part`` is what the weights are trained on, the training part unless said otherwise.
     """
 
@@ -70,7 +71,6 @@ class Training:
             solver=_solver(config),
             warmup=self.warmup,
             project=problem.project_,
-            stateful=model,
             generators=self.generator,
         )
         self.points: list[dict[str, float]] = []
