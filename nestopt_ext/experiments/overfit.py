@@ -2,10 +2,27 @@
 
 50 training and 50 validation digits, one hyperparameter for each weight, the logarithm of its decay, and no inverse at
 all (K = 0, T1-T2): Adam trains the weights, RMSprop moves the decays along the hypergradient, until 99.9 % of both
-parts are right. The decays then hold what the validation examples say, and the test part pays for it. It is a check
-that millions of hyperparameters can be moved, and a warning of what they can do.
+parts are right. It is a check that any number of hyperparameters can be moved, and a warning of what they can do.
 
-FIGURES
+What to expect (default settings; "peak" is the highest test accuracy on the way):
+
+======  ====  ===================  ==========  ==========  =====================
+model   seed  learned by heart at  train       validation  test (peak)
+======  ====  ===================  ==========  ==========  =====================
+mlp     0     step 895             100 %       100 %       80.3 % (84.6 %)
+mlp     1     step 252             100 %       100 %       87.2 % (88.0 %)
+mlp     2     step 91              100 %       100 %       89.6 % (89.6 %)
+mlp     3     step 85              100 %       100 %       85.9 % (85.9 %)
+linear  0     not in 6000 steps    100 %       96 to 98 %  73.2 % (84.1 %)
+linear  1     step 742             100 %       100 %       88.6 % (89.0 %)
+linear  2     step 466             100 %       100 %       88.7 % (88.9 %)
+linear  3     step 283             100 %       100 %       85.2 % (85.2 %)
+======  ====  ===================  ==========  ==========  =====================
+
+So the decays learn the validation part; the 650 of the linear model on seed 0 all but one or two of its examples, which
+of them changes from step to step. With decays that stay at their start the same training gets 72 to 84 % of it right.
+Whether the test part pays depends on how long it takes: where a few hundred steps do, the run ends before it does; on
+seed 0 it loses 4 and 11 points.
 
 Source: the first experiment of Lorraine, Vicol, Duvenaud, Optimizing millions of hyperparameters by implicit
 differentiation (2020), there on MNIST and CIFAR-10 with networks up to AlexNet; data, sizes and figures here are ours.
@@ -21,6 +38,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .._checkpoint import CheckpointError
 from ..hypergrad import BilevelLoop, LoopDiverged, LoopRecord
 from ..solvers import Identity
 from . import contents, data
@@ -178,6 +196,7 @@ class _Run:
             config.model, (1, *self.split.train.x.shape[2:]), len(self.split.classes), config.width, config.seed
         )
         self.problem = PerWeightDecay(self.model, config.log_decay)
+        self.path = output / CHECKPOINT if output else None
         self.progress = progress
         self.should_stop = should_stop
         self.points: list[dict[str, float]] = []
@@ -195,20 +214,26 @@ class _Run:
             callbacks=self._watch,
             stateful=self,
             log=output / LOG if output else None,
-            checkpoint=output / CHECKPOINT if output else None,
+            checkpoint=self.path,
             checkpoint_every=_CHECKPOINT_EVERY,
             progress=False,
         )
 
     def run(self, *, resume: bool) -> OverfitResult:
         steps = self.config.steps or 0
-        if resume:
-            self.loop.resume()
+        if resume and self.loop.resume():
+            self._require_whole(steps)
         self._tell(self.loop.step_count)
         if self.learned_at is None:
             self._run_loop(steps - self.loop.step_count)
         hparams = [h.detach().clone() for h in self.problem.hparams]
         return OverfitResult(self.config, self.points, self.learned_at, hparams, self.model)
+
+    def _require_whole(self, steps: int) -> None:
+        """Requires that a checkpoint holds no more steps than the run has, and the curve of a run that is over."""
+        over = self.loop.step_count == steps or self.learned_at is not None
+        if self.loop.step_count > steps or (over and not self.points):
+            raise CheckpointError(f"{self.path}: is damaged: its steps or its curve are not those of such a run.")
 
     def _run_loop(self, steps: int) -> None:
         try:
