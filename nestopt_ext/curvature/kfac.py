@@ -240,6 +240,10 @@ class KFAC(CurvatureOperator):
         (outputs,) = kept
         edges = [w.finished() for w in watched]
         check_used_once(caller, outputs, self._params, self._layers)
+        if not bool(outputs.isfinite().all()):  # before labels are drawn: CUDA answers a NaN there with a dead context
+            raise ValueError(
+                f"{caller}: outputs of the model must be finite; got NaN or Inf. Check the inputs and the params."
+            )
         root = loss_root(caller, self._criterion, outputs, targets)
         state = None if self._generator is None else self._generator.get_state()
         try:
@@ -331,7 +335,8 @@ def _watching(watched: Sequence[_Watched]) -> Iterator[None]:
     handles = []
     try:
         for w in watched:
-            handles.append(w.layer.module.register_forward_hook(w.hook, prepend=True, with_kwargs=True))
+            handle = w.layer.module.register_forward_hook(w.hook, prepend=True, with_kwargs=True)
+            handles.append(handle)
         yield
     finally:
         for handle in handles:
