@@ -64,8 +64,8 @@ class KFAC(CurvatureOperator):
 
     Eigenvalues below 1e-10 of the largest of their factor count as zero in it.
 
-    Parameters, ``.grad``, buffers and random state are the same bits afterwards, also after an exception; compiled
-    modules run uncompiled. Raises TypeError or ValueError, naming the argument, for bad arguments; for params of other
+    Parameters, ``.grad``, buffers and random state are the same bits afterwards, also after an exception. Compiled
+    modules run uncompiled, and of a data-parallel wrapper the module inside, on the batch of this process. Raises TypeError or ValueError, naming the argument, for bad arguments; for params of other
     layers, shared params and layers that are not used it names them.
 
     Sources: Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate curvature (2015);
