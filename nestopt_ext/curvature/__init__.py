@@ -4,4 +4,4 @@ from ._operator import CurvatureOperator, Diagonal
 from .hessian import Hessian, hvp
 from .kfac import KFAC
 
-__all__ = ["CurvatureOperator", "Diagonal", "Hessian", "KFAC", "hvp"]
+__all__ = ["KFAC", "CurvatureOperator", "Diagonal", "Hessian", "hvp"]

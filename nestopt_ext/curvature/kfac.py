@@ -56,7 +56,7 @@ class KFAC(CurvatureOperator):
       ``seed`` fixes the draws, which go on from call to call of :meth:`update`. For the three criteria above.
     * ``"empirical"``: one backward pass with ``targets``. An estimate of the empirical Fisher, not of Gauss-Newton.
 
-    KFAC is exact for one layer with a squared error, and for a single example passed once through linear layers.
+    The blocks are exact for one layer with a squared error, and for one example in a net without shared weights.
 
     Solvers use the inverse, which is in closed form: with :math:`A = Q_A \Lambda_A Q_A^\top` and the same for G,
 
@@ -65,8 +65,9 @@ class KFAC(CurvatureOperator):
     Eigenvalues below 1e-10 of the largest of their factor count as zero in it.
 
     Parameters, ``.grad``, buffers and random state are the same bits afterwards, also after an exception. Compiled
-    modules run uncompiled, and of a data-parallel wrapper the module inside, on the batch of this process. Raises TypeError or ValueError, naming the argument, for bad arguments; for params of other
-    layers, shared params and layers that are not used it names them.
+    modules run uncompiled, and of a data-parallel wrapper the module inside, on the batch of this process. Raises
+    TypeError or ValueError, naming the argument, for bad arguments; params of other layers, shared params and layers
+    that are not used are named.
 
     Sources: Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate curvature (2015);
     Grosse and Martens (2016) for convolutions; Eschenhagen et al. (2023), whose "expand" this is. Damping is added to
