@@ -3,5 +3,6 @@
 from ._operator import CurvatureOperator, Diagonal
 from .all_reduced import all_reduced
 from .hessian import Hessian, hvp
+from .kfac import KFAC
 
-__all__ = ["CurvatureOperator", "Diagonal", "Hessian", "all_reduced", "hvp"]
+__all__ = ["KFAC", "CurvatureOperator", "Diagonal", "Hessian", "all_reduced", "hvp"]
