@@ -25,9 +25,9 @@ def softmax_hessian(logits: Tensor, u: Tensor, row_weight: Tensor) -> Tensor:
     ``u``; nothing is modified. Differentiable to any order in all three, in reverse and forward mode, and under
     ``torch.vmap``.
 
-    Sums are taken in float64, and classes that hold nearly all of p keep their relative accuracy. A row of weight 0
-    gives zeros and, except in ``row_weight``, zero derivatives, even if it holds NaN. A logit of -inf is a class left
-    out; a row whose largest logit is infinite gives NaN.
+    Sums are taken in float64, and classes that hold nearly all of p keep their relative accuracy. A logit of -inf is a
+    class left out; a row whose largest logit is infinite gives NaN. A row of weight 0 gives zeros even if it holds NaN,
+    and then zeros for its derivatives in ``logits`` and ``u``.
 
     Raises TypeError or ValueError for bad arguments. ``torch.compile`` breaks its graph here, since it takes no
     functions with a forward-mode derivative of their own.
@@ -75,8 +75,11 @@ def _third(logits: Tensor, x: Tensor, y: Tensor, row_weight: Tensor) -> Tensor:
     product of the first two factors.
     """
     math = _reference.opmath(logits.dtype)
-    live = (row_weight != 0).unsqueeze(-1)  # a NaN in a row of no weight must not come back through derivatives
-    z, x, y = (torch.where(live, t.to(math), 0.0) for t in (logits, x, y))
+    z, x, y = (t.to(math) for t in (logits, x, y))
+    finite = z.logsumexp(-1).isfinite() & x.isfinite().all(-1) & y.isfinite().all(-1)
+    # A NaN in a row of no weight must not come back through derivatives: 0 * NaN is NaN.
+    wanted = (finite | (row_weight != 0)).unsqueeze(-1)
+    z, x, y = (torch.where(wanted, t, 0.0) for t in (z, x, y))
     p = z.softmax(-1)
     return softmax_hessian(logits, _centred(p, x) * _centred(p, y), row_weight)
 
@@ -88,6 +91,8 @@ def _unweighted(logits: Tensor, u: Tensor, row_weight: Tensor) -> Tensor:
 class _SoftmaxHessian(torch.autograd.Function):
     @staticmethod
     def forward(logits: Tensor, u: Tensor, row_weight: Tensor) -> Tensor:
+        if any(map(torch._C._functorch.is_legacy_batchedtensor, (logits, u, row_weight))):
+            return _reference.softmax_hessian(logits, u, row_weight)  # is_grads_batched, which has no rules for ops
         result = u.clone(memory_format=torch.contiguous_format)
         _update_(result, logits, row_weight)
         return result
