@@ -116,7 +116,7 @@ def test_every_source_is_listed_once() -> None:
 
 
 def test_an_op_has_one_stem_everywhere() -> None:
-    for stem in ("complex_adam", "complex_sgd", "neumann"):
+    for stem in ("complex_adam", "complex_sgd", "neumann", "softmax_hessian"):
         expected = [
             f"csrc/math/{stem}.h",
             f"csrc/cpu/{stem}.cpp",
