@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import _lists
 from .._types import Loss, TensorList
 from ._evaluation import evaluate
+from ._vjp import vjp, vjps
 
 #: What PyTorch says where it has no second derivative, what to call it, and the way out.
 _NO_SECOND_DERIVATIVE = (
@@ -126,10 +127,17 @@ class Gradient:
 
     def product(self, v: TensorList) -> TensorList:
         """The Hessian times ``v``, a list like the params; shares no memory with ``v``."""
-        found = self._vjp(self._params, v)
-        return _lists.unshare(
-            [torch.zeros_like(p) if h is None else h for p, h in zip(self._params, found, strict=True)], v
-        )
+        if not self._live:
+            return _lists.zeros_like(self._params)
+        with self._differentiating():
+            return vjp(self._grads, self._params, [v[i] for i in self._live])
+
+    def products(self, v: TensorList) -> TensorList:
+        """The Hessian times k lists, [k, *shape] for each param."""
+        if not self._live:
+            return _lists.zeros_like(v)
+        with self._differentiating():
+            return vjps(self._grads, self._params, [v[i] for i in self._live])
 
     def mixed(self, hparams: TensorList, v: TensorList) -> list[Tensor | None]:
         """``v`` times the derivative of the gradient in ``hparams``; None where the gradient does not depend on one."""
