@@ -5,6 +5,7 @@ from .empirical_fisher import EmpiricalFisher
 from .gauss_newton import GaussNewton, ggnvp
 from .hessian import Hessian, hvp
 from .loss_hessian import LossHessian, loss_hessian
+from .over_batches import OverBatches
 from .rank_one import RankOne
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "GaussNewton",
     "Hessian",
     "LossHessian",
+    "OverBatches",
     "RankOne",
     "ggnvp",
     "hvp",

@@ -34,6 +34,16 @@ _NO_SECOND_DERIVATIVE = (
         "Write its backward with differentiable operations.",
     ),
     (
+        "implement the jvp function",
+        "an autograd.Function without a jvp, or a module compiled by torch.compile",
+        "Use mode='double-backward', or pass the module before compilation.",
+    ),
+    (
+        "forward AD",
+        "an operation without a forward-mode derivative",
+        "Use mode='double-backward'.",
+    ),
+    (
         "is not implemented",
         "an operation without one",
         "Write that operation with elementary ones, or use a curvature that needs first derivatives only.",

@@ -147,6 +147,18 @@ def batch_size(caller: str, name: str, batch: Any) -> int:
     return int(sizes[0])  # type: ignore[arg-type]
 
 
+def batch_length(caller: str, batch: Any) -> int:
+    """The length of the first dimension of the first tensor in ``batch``."""
+    for tensor in _tensors(batch):
+        if tensor.dim():
+            return tensor.shape[0]
+        break
+    raise ValueError(
+        f"{caller}: batches must hold a tensor with a batch dimension in front; got {_lists.value_name(batch)}."
+        " Use weights='sum'."
+    )
+
+
 def part_of(batch: Any, start: int, stop: int) -> Any:
     """The examples from ``start`` to ``stop`` of every tensor in ``batch``."""
     if isinstance(batch, Tensor):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ._vjp import joined
 from .loss_hessian import LossHessian, as_targets, check_criterion
 
 #: Rows that are worth forming one by one.
-_MAX_ROWS = 4096
+MAX_ROWS = 4096
 
 #: A Jacobian, and the matrix between it and its transpose.
 Piece = tuple[Linearization, LossHessian]
@@ -108,7 +109,7 @@ class ModelCurvature(CurvatureOperator):
         middle = self._middle(outputs.detach(), values.detach(), targets)
         return Linearization(caller, "model", values, self._params, evaluation), middle
 
-    def _pieces(self) -> Iterator[Piece]:
+    def _pieces(self) -> Generator[Piece, None, None]:
         """The parts of the batch, one alive at a time."""
         if self._whole is not None:
             yield self._whole
@@ -131,13 +132,14 @@ class ModelCurvature(CurvatureOperator):
         if self._whole is not None:
             return product(*self._whole)
         total: TensorList | None = None
-        for piece in self._pieces():
-            part = product(*piece)
-            if total is None:
-                total = [t.to(_reference.opmath(t.dtype)) for t in part]
-            else:
-                torch._foreach_add_(total, [t.to(s.dtype) for s, t in zip(total, part, strict=True)])
-            del piece, part
+        with closing(self._pieces()) as pieces:
+            for piece in pieces:
+                part = product(*piece)
+                del piece  # before the next one is made
+                if total is None:
+                    total = [t.to(_reference.opmath(t.dtype)) for t in part]
+                else:
+                    torch._foreach_add_(total, [t.to(s.dtype) for s, t in zip(total, part, strict=True)])
         assert total is not None
         return [t.to(p.dtype) for t, p in zip(total, self._params, strict=True)]
 
@@ -146,11 +148,13 @@ class ModelCurvature(CurvatureOperator):
         rows: list[TensorList] = []
         weights: TensorList = []
         count = 0
-        for jacobian, middle in self._pieces():
-            count += middle.outputs.numel()
-            factor = middle.factor() if count <= _MAX_ROWS else None
-            if factor is None:
-                return None
-            rows.append(jacobian.backwards(factor[0]))
-            weights.append(factor[1])
+        with closing(self._pieces()) as pieces:
+            for jacobian, middle in pieces:
+                count += middle.outputs.numel()
+                factor = middle.factor() if count <= MAX_ROWS else None
+                if factor is None:
+                    return None
+                rows.append(jacobian.backwards(factor[0]))
+                weights.append(factor[1])
+                del jacobian, middle, factor
         return LowRank(joined(rows, list), torch.cat(weights).to(self._params[0].dtype))
