@@ -145,6 +145,7 @@ class _State:
         self._direction = [t.clone() for t in preconditioned]
         self._direction_views = space.views(self._direction)
         self._square = space.dot(residual, preconditioned)
+        self._direction_square = self._square
         self.largest = system.scalars()
         self._seen = system.scalars()
         self._negative = torch.zeros_like(self.active)
@@ -161,7 +162,9 @@ class _State:
         curvature = space.dot(p, product) / self._square
         self._seen = torch.where(active, torch.fmax(self._seen, curvature.abs()), self._seen)
         self._note_size(curvature, product)
-        flat = (curvature.abs() <= space.eps * self._seen) | (self._square <= 0)
+        # Rounding leaves in p'Ap about eps |A| p'p, of which p'p is known without an inner product.
+        noise = 4 * space.eps * self._seen * (self._direction_square / self._square)
+        flat = (curvature.abs() <= noise) | (self._square <= 0)
         negative = active & (curvature < 0) & ~flat
         broken = active & flat
         going = active & ~negative & ~broken
@@ -189,8 +192,12 @@ class _State:
         square = space.dot(self._residual, preconditioned)
         self.length = square.sqrt() if self._inner is None else space.norm(self._residual)
         self.active = going & self._is_above()
-        space.scale_(self._direction, torch.where(self.active, square / self._square, torch.ones_like(square)))
+        ratio = torch.where(self.active, square / self._square, torch.ones_like(square))
+        space.scale_(self._direction, ratio)
         space.add_(self._direction, preconditioned, self.active.to(square))
+        # The new residual and the old direction are orthogonal (in the norm of the inverse of M, if there is one).
+        grown = square + ratio.square() * self._direction_square
+        self._direction_square = torch.where(self.active, grown, self._direction_square)
         self._square = torch.where(self.active, square, self._square)
 
     def _is_above(self) -> Tensor:
