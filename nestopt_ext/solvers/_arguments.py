@@ -14,7 +14,7 @@ from .. import _lists
 MOST_TERMS = 10**7
 
 #: How often the host looks whether it may stop: every so many iterations, never (None), or each on the CPU alone.
-CheckEvery: TypeAlias = int | None | Literal["auto"]
+CheckEvery: TypeAlias = int | Literal["auto"] | None
 
 
 def check_num_terms(caller: str, num_terms: Any) -> None:

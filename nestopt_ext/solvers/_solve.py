@@ -77,9 +77,7 @@ class Inverse:
     status: Status
 
 
-def invert(
-    caller: str, product: Product, v: TensorList, solver: Solver, *, start: TensorList | None = None
-) -> Inverse:
+def invert(caller: str, product: Product, v: TensorList, solver: Solver, *, start: TensorList | None = None) -> Inverse:
     """The solution alone, with no product spent on the residual; warns once if it cannot be trusted.
 
     ``start`` is a list like ``v`` or None; with it one product is spent. The status is what the method saw, so a series
@@ -164,7 +162,7 @@ def _tolerance(system: System, outcome: Outcome) -> Tensor:
 
 
 def _residual(system: System, x: TensorList, damping: float) -> TensorList:
-    """v - (A + damping I) x, in the dtype that sums are kept in; nothing is waited for."""
+    """The list v - (A + damping I) x, in the dtype that sums are kept in; nothing is waited for."""
     residual = []
     for product, right, t in zip(system.apply(x), system.v, x, strict=True):
         shifted = _reference.plus(product.to(_reference.opmath(right.dtype)), t, damping)

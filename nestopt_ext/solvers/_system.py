@@ -51,7 +51,7 @@ class System:
         return [t.detach() if self.columns is not None else t.detach().unsqueeze(0) for t in self.v]
 
     def returned(self, rows: TensorList) -> TensorList:
-        """k solutions in the shapes of ``v`` and the dtypes of the product."""
+        """Solutions, [k, *shape] for each tensor, in the shapes of ``v`` and the dtypes of the product."""
         like = self.product.like
         found = [t.to(o.dtype) for t, o in zip(rows, like, strict=True)]
         return found if self.columns is not None else [t.squeeze(0) for t in found]

@@ -6,6 +6,7 @@ relative error needs about :math:`\sqrt{\kappa}` products where a Neumann series
 
 from __future__ import annotations
 
+import math
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -91,9 +92,7 @@ class ConjugateGradient:
         return Outcome(space.returned(state.x, state.unit), evidence, state.largest, self.rtol)
 
 
-def cg_ihvp(
-    matvec: MatVec, v: SameTensors, *, max_iters: int, rtol: float, damping: float = 0.0
-) -> SameTensors:
+def cg_ihvp(matvec: MatVec, v: SameTensors, *, max_iters: int, rtol: float, damping: float = 0.0) -> SameTensors:
     r"""An inverse curvature product :math:`(A + \delta I)^{-1} v` by conjugate gradients.
 
     ``matvec`` is any callable that returns A times the tensors it is given, in the same structure, for a symmetric A;
@@ -234,7 +233,7 @@ class _Ends:
         statuses = [_status(*end) for end in ends]
 
         def explain(status: Status) -> str:
-            if any(not residual - residual == 0 and not count for residual, _, _, _, count in ends):
+            if any(not math.isfinite(residual) and not count for residual, _, _, _, count in ends):
                 return unfit_right_side(self.used)
             iterations = next((int(end[4]) for end, own in zip(ends, statuses, strict=True) if own is status), 0)
             return _explain(status, f"{self.used}; iteration {iterations}")
@@ -243,7 +242,7 @@ class _Ends:
 
 
 def _status(residual: float, target: float, negative: float, broken: float, count: float) -> Status:
-    if not residual - residual == 0:
+    if not math.isfinite(residual):
         return Status.non_finite
     if negative:
         return Status.negative_curvature

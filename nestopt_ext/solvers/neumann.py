@@ -271,9 +271,7 @@ class _Preconditioned:
 _Factor: TypeAlias = _Plain | _Preconditioned
 
 
-def _closed_form(
-    system: System, num_terms: int, step: Tensor, damping: float
-) -> tuple[TensorList, TensorList] | None:
+def _closed_form(system: System, num_terms: int, step: Tensor, damping: float) -> tuple[TensorList, TensorList] | None:
     if system.columns is None:
         found = system.product.series([t.detach() for t in system.v], num_terms, step, damping)
         return None if found is None else (found[0], [found[1]])
@@ -316,7 +314,7 @@ def _broadcast(alive: Tensor, like: Tensor, columns: int | None) -> Tensor:
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, and 1 where b is zero."""
+    """The quotient, and 1 where b is zero."""
     return torch.where(b > 0, a / b, torch.ones_like(b))
 
 
