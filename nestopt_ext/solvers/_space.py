@@ -46,8 +46,10 @@ class Space:
         self.size = _lists.numel(like)
         #: The coarsest rounding among the buffers.
         self.eps = max((torch.finfo(g.dtype).eps for g in self._groups), default=0.0)
-        #: What rounding of the products alone leaves in a residual, relative to the numbers it is the difference of.
-        self.noise = max((torch.finfo(t.dtype).eps * (1 if t.dtype.itemsize == 2 else 4) for t in like), default=0.0)
+        levels = [torch.finfo(t.dtype).eps * (1 if t.dtype.itemsize == 2 else 4) for t in like]
+        #: What rounding of the products alone leaves in a residual, relative to the numbers it is the difference of: in
+        #: the finest dtype, and in the coarsest.
+        self.least_noise, self.most_noise = min(levels, default=0.0), max(levels, default=0.0)
 
     def gather(self, tensors: TensorList) -> TensorList:
         """The buffers of a list, in new memory unless the list is a single tensor of the working dtype."""

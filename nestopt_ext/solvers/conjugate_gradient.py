@@ -163,14 +163,15 @@ class _State:
         self._note_size(curvature, product)
         # Rounding leaves in p'Ap about eps |A| p'p, of which p'p is known without an inner product.
         noise = 4 * space.eps * self._seen * (self._direction_square / self._square)
-        flat = (curvature.abs() <= noise) | (self._square <= 0)
+        flat = ((curvature.abs() <= noise) & curvature.isfinite()) | (self._square <= 0)
         negative = active & (curvature < 0) & ~flat
         broken = active & flat
         going = active & ~negative & ~broken
-        zero = torch.zeros_like(curvature)
-        step = torch.where(going, 1 / curvature, zero)
+        # A product that overflowed must not pass for a step of length zero.
+        length = torch.where(curvature.isfinite(), 1 / curvature, curvature.new_full((), math.nan))
+        step = torch.where(going, length, torch.zeros_like(length))
         if first:
-            step = torch.where(negative, (1 / curvature).abs(), step)
+            step = torch.where(negative, length.abs(), step)
         self._negative = self._negative | negative
         self._broken = self._broken | broken
         self._count = self._count + active

@@ -63,7 +63,7 @@ class FixedPoint:
         asked = self.rtol * system.length()
         norms = [space.norm(v)]
         limit = torch.zeros_like(norms[0])
-        active = ~(norms[0] <= limit)
+        active = ~(norms[0] <= 0)
         look = looks(self.check_every, system.v)
         for i in range(1, self.max_iters):
             if look and (i - 1) % look == 0 and not bool(active.any()):
@@ -72,9 +72,10 @@ class FixedPoint:
             if self.damping:
                 residual = [r.sub_(t, alpha=self.damping) for r, t in zip(residual, x, strict=True)]
             norms.append(space.norm(residual))
-            rounding = space.noise * (norms[0] + space.norm(x))
-            limit = torch.where(active, torch.maximum(asked, rounding), limit)
-            active = active & ~(norms[-1] <= limit)
+            size = norms[0] + space.norm(x)
+            # Tensors of a fine dtype go on when those of a coarse one are at rounding level.
+            active = active & ~(norms[-1] <= torch.maximum(asked, space.least_noise * size))
+            limit = torch.maximum(asked, space.most_noise * size)
             space.add_(x, residual, active.to(space.scalar))
         used = f"max_iters={self.max_iters}, damping={self.damping:.4g}"
         evidence = History([torch.stack(norms).square()], system.columns, used, _describe, limit=limit)
@@ -85,6 +86,6 @@ def _describe(status: Status, used: str, factor: str) -> str:
     end = "is not finite" if status is Status.non_finite else "diverges"
     return (
         f"the fixed-point iteration {end} ({used}); I - (A + damping*I) must be a contraction; got residuals that"
-        f" change by a factor of {factor}. Scale the map to a smaller step, or use ConjugateGradient. The values are returned"
-        " as they are."
+        f" change by a factor of {factor}. Scale the map to a smaller step, or use ConjugateGradient. The values are"
+        " returned as they are."
     )
