@@ -58,7 +58,11 @@ class Nystrom:
         vectors, values, negative, spoilt = self._sketch(system, dense)
         v = dense.matrix(system.rows()).T
         inside = vectors.T @ v
-        x = vectors @ (inside / (values + self.damping).unsqueeze(1)) + (v - vectors @ inside) / self.damping + spoilt
+        outside = v - vectors @ inside
+        outside = outside - vectors @ (
+            vectors.T @ outside
+        )  # what rounding left of the inside, 1 / damping would enlarge
+        x = vectors @ (inside / (values + self.damping).unsqueeze(1)) + outside / self.damping + spoilt
         right = system.lengths(system.v)
         evidence = Direct(right, negative, Status.negative_curvature, Status.max_terms, self._explain)
         largest = values.amax() if len(values) else values.new_zeros(())
