@@ -11,8 +11,8 @@ from torch import Tensor
 from .. import _lists
 from .._distributed import average_, check_group
 from .._types import Loss, MatVec, TensorList, Tensors
-from ..curvature import all_reduced
 from ..curvature._gradient import Gradient, check_params
+from ..curvature.all_reduced import all_reduced
 from ..solvers import Solver
 from ..solvers._product import Product
 from ..solvers._solve import check_solver, inverse_product
