@@ -166,6 +166,16 @@ def test_empirical_fisher_carries_class_weights_and_leaves_out_ignored_rows():
     assert_equal(EmpiricalFisher(model, nn.CrossEntropyLoss(weight), x, y).dense(), wanted, 1e-10)
 
 
+@pytest.mark.parametrize("microbatch", [None, 4])
+@pytest.mark.parametrize("operator", [GaussNewton, EmpiricalFisher])
+def test_a_batch_that_is_all_ignored_has_no_curvature(operator, microbatch):
+    model = seeded(0, mlp)
+    nothing = operator(
+        model, nn.CrossEntropyLoss(), normal(0, 6, 4), torch.full((6,), -100), microbatch=microbatch
+    ).dense()
+    assert torch.equal(nothing, torch.zeros_like(nothing))
+
+
 def test_the_fisher_in_expectation_is_gauss_newton():
     """Summed over all classes with their probabilities, the outer products are the GGN of the cross-entropy."""
     model, x = seeded(0, mlp), normal(0, 1, 4)

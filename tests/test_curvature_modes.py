@@ -167,7 +167,7 @@ square.register_autograd(
         (
             lambda: (once(True)(W) * W).sum(),
             RuntimeError,
-            r"twice differentiable; .*marked once_differentiable \(Once\)",
+            r"twice differentiable; .*marked once_differentiable \(PyTorch: Once",
         ),
         (lambda: (once(False)(W) * W).sum(), RuntimeError, "twice differentiable; got an autograd.Function "),
         (lambda: (square(W) * W).sum(), RuntimeError, "got an autograd.Function without a jvp, or .*double-backward"),

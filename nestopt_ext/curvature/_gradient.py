@@ -34,6 +34,11 @@ _NO_SECOND_DERIVATIVE = (
         "Write its backward with differentiable operations.",
     ),
     (
+        "autograd kernel was not registered",
+        "an operator registered without a derivative",
+        "Give it one with torch.library.register_autograd, made of differentiable operations.",
+    ),
+    (
         "implement the jvp function",
         "an autograd.Function without a jvp, or a module compiled by torch.compile",
         "Use mode='double-backward', or pass the module before compilation.",
@@ -99,8 +104,8 @@ def check_params(caller: str, name: str, labels: Sequence[str], tensors: Sequenc
 def _refuse_error_nodes(grads: Sequence[Tensor]) -> None:
     """Raises what the error nodes in the graph of ``grads`` stand for.
 
-    Such a node has no edge to the params, so autograd would not visit it, and would leave out its part of the product
-    in silence.
+    The node of a once_differentiable function has no edge to the params, so autograd would not visit it; that of an
+    operator without a derivative passes nothing on. Either way a part of the product would be missing in silence.
     """
     waiting = [g.grad_fn for g in grads]
     seen = set()
@@ -110,6 +115,8 @@ def _refuse_error_nodes(grads: Sequence[Tensor]) -> None:
             continue
         if node.name() == "torch::autograd::Error":
             raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
+        if node.name() == "torch::autograd::WarnNotImplemented":
+            raise RuntimeError("an autograd kernel was not registered")
         seen.add(node)
         waiting.extend(following for following, _ in node.next_functions)
 
