@@ -80,8 +80,11 @@ class Replay:
         self._own: _GeneratorStates = []
 
     @contextmanager
-    def run(self) -> Iterator[Callable[[Callable[[], Any]], Evaluation]]:
-        """Yields what calls a closure; random numbers go on from one call to the next, and are put back at the end."""
+    def run(self, *, undo: bool = True) -> Iterator[Callable[[Callable[[], Any]], Evaluation]]:
+        """Yields what calls a closure; random numbers go on from one call to the next, and are put back at the end.
+
+        Without ``undo``, what the closures write stays written.
+        """
         present: _GeneratorStates = []
         with preserved_rng():
             _set_global_rng(self._start)
@@ -89,13 +92,13 @@ class Replay:
                 for generator, state in self._own:
                     present.append((generator, generator.get_state()))
                     generator.set_state(state)
-                yield lambda closure: self._call(closure, present)
+                yield lambda closure: self._call(closure, present, undo)
             finally:
                 for generator, state in present:
                     generator.set_state(state)
 
-    def _call(self, closure: Callable[[], Any], present: _GeneratorStates) -> Evaluation:
-        recorder = _Recorder()
+    def _call(self, closure: Callable[[], Any], present: _GeneratorStates, undo: bool) -> Evaluation:
+        recorder = _Recorder() if undo else _GeneratorRecorder()
         written: TensorList = []
         try:
             with torch.enable_grad(), recorder:
@@ -118,6 +121,17 @@ def preserved_rng() -> Iterator[None]:
         yield
     finally:
         _set_global_rng(state)
+
+
+@contextmanager
+def seeded_from_cpu() -> Iterator[None]:
+    """Draws one number from the CPU, and while open all global generators start from it; then they go on as before."""
+    seed = int(torch.empty((), dtype=torch.int64).random_())
+    with preserved_rng():
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.manual_seed_all(seed)
+        yield
 
 
 def _global_rng() -> tuple[Tensor, TensorList]:
@@ -158,22 +172,39 @@ def _write(regions: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         region.copy_(value)
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Copies each region of older memory just before an operator first writes to it.
-
-    A storage is older when it first turns up as an input, and new when it first turns up as an output.
-    """
+class _GeneratorRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps the state of each generator that is handed to an operator, as it was before the first use."""
 
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.regions: TensorList = []
+        self.generators: _GeneratorStates = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        generator = kwargs.get("generator")
+        if isinstance(generator, torch.Generator) and all(generator is not known for known, _ in self.generators):
+            self.generators.append((generator, generator.get_state()))
+        return func(*args, **kwargs)
+
+    def undo(self) -> None:
+        """Nothing but the generators is recorded, and their states are put back by whoever asked for them."""
+
+
+class _Recorder(_GeneratorRecorder):  # type: ignore[no-untyped-call]
+    """Copies each region of older memory just before an operator first writes to it.
+
+    A storage is older when it first turns up as an input, and new when it first turns up as an output.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
         self._before: TensorList = []
         self._seen: set[tuple[object, ...]] = set()
         self._older: set[int] = set()
         self._newer: set[int] = set()
-        self.generators: _GeneratorStates = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -184,10 +215,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for position, name in _written_arguments(func):
             for tensor in _tensors((args[position] if position < len(args) else kwargs.get(name),)):
                 self._keep(tensor)
-        generator = kwargs.get("generator")
-        if isinstance(generator, torch.Generator) and all(generator is not known for known, _ in self.generators):
-            self.generators.append((generator, generator.get_state()))
-        result = func(*args, **kwargs)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         for tensor in _tensors((result,)):
             storage = _storage(tensor)
             if storage is not None and storage not in self._older:

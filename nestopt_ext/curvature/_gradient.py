@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import _lists
 from .._types import Loss, TensorList
 from ._evaluation import evaluate
+from ._vjp import vjp, vjps
 
 #: What PyTorch says where it has no second derivative, what to call it, and the way out.
 _NO_SECOND_DERIVATIVE = (
@@ -31,6 +32,16 @@ _NO_SECOND_DERIVATIVE = (
         "once_differentiable",
         "an autograd.Function marked once_differentiable",
         "Write its backward with differentiable operations.",
+    ),
+    (
+        "implement the jvp function",
+        "an autograd.Function without a jvp, or a module compiled by torch.compile",
+        "Use mode='double-backward', or pass the module before compilation.",
+    ),
+    (
+        "forward AD",
+        "an operation without a forward-mode derivative",
+        "Use mode='double-backward'.",
     ),
     (
         "is not implemented",
@@ -126,10 +137,17 @@ class Gradient:
 
     def product(self, v: TensorList) -> TensorList:
         """The Hessian times ``v``, a list like the params; shares no memory with ``v``."""
-        found = self._vjp(self._params, v)
-        return _lists.unshare(
-            [torch.zeros_like(p) if h is None else h for p, h in zip(self._params, found, strict=True)], v
-        )
+        if not self._live:
+            return _lists.zeros_like(self._params)
+        with self._differentiating():
+            return vjp(self._grads, self._params, [v[i] for i in self._live])
+
+    def products(self, v: TensorList) -> TensorList:
+        """The Hessian times k lists, [k, *shape] for each param."""
+        if not self._live:
+            return _lists.zeros_like(v)
+        with self._differentiating():
+            return vjps(self._grads, self._params, [v[i] for i in self._live])
 
     def mixed(self, hparams: TensorList, v: TensorList) -> list[Tensor | None]:
         """``v`` times the derivative of the gradient in ``hparams``; None where the gradient does not depend on one."""
