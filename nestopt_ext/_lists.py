@@ -140,6 +140,14 @@ def check_like(caller: str, labels: Sequence[str], tensors: Sequence[Tensor], li
             raise ValueError(f"{caller}: {label} must be on {other.device}; got {tensor.device}.")
 
 
+def all_like(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> bool:
+    """Whether :func:`check_like` would pass, without the words for the other case."""
+    return all(
+        t.shape == o.shape and t.dtype == o.dtype and t.device == o.device and t.layout == torch.strided
+        for t, o in zip(tensors, like, strict=True)
+    )
+
+
 def _check_strided(caller: str, label: str, tensor: Tensor) -> None:
     if tensor.layout != torch.strided:
         got = dtype_name(tensor.layout)
@@ -209,6 +217,19 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
         norms = torch._foreach_norm(group, dtype=scalar_dtype(group[0].device))
         parts.append(torch.linalg.vector_norm(torch.stack(list(norms))))
     return _total([p.square() for p in parts]).sqrt()
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of each of k lists, [k, *shape] for each tensor; [k] on the device of the first one."""
+    parts = [
+        torch.linalg.vector_norm(rows(t.detach()), dim=1, dtype=scalar_dtype(t.device)).square() for t in tensors
+    ]
+    return _total(parts).sqrt()
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """A tensor [k, *shape] as a matrix with k rows."""
+    return tensor.flatten(1) if tensor.dim() > 1 else tensor.unsqueeze(1)
 
 
 def max_abs(tensors: Sequence[Tensor]) -> TensorList:

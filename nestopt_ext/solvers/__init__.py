@@ -3,7 +3,18 @@
 from ._outcome import Solver
 from ._solution import Solution, Status
 from ._solve import solve
+from .conjugate_gradient import ConjugateGradient, cg_ihvp
 from .identity import Identity
 from .neumann import Neumann, neumann_ihvp
 
-__all__ = ["Identity", "Neumann", "Solution", "Solver", "Status", "neumann_ihvp", "solve"]
+__all__ = [
+    "ConjugateGradient",
+    "Identity",
+    "Neumann",
+    "Solution",
+    "Solver",
+    "Status",
+    "cg_ihvp",
+    "neumann_ihvp",
+    "solve",
+]
