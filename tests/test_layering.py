@@ -10,12 +10,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "nestopt_ext"
 
-FOUNDATION = {"_ops", "_functions", "_lists", "_operator", "_types", "_reference", "_version"}
+FOUNDATION = {"_ops", "_functions", "_lists", "_operator", "_distributed", "_types", "_reference", "_version"}
 ROOMS = {
     "_version": set(),
     "_types": set(),
     "_lists": {"_types"},
     "_operator": {"_lists", "_types"},
+    "_distributed": {"_reference"},
     "_functions": {"_ops", "_reference", "_types"},
     "_reference": set(),
     "_checks": set(),

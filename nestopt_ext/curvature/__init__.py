@@ -1,6 +1,7 @@
 """Products with the curvature of a loss, and the operators that give them."""
 
 from ._operator import CurvatureOperator, Diagonal
+from .all_reduced import all_reduced
 from .empirical_fisher import EmpiricalFisher
 from .gauss_newton import GaussNewton, ggnvp
 from .hessian import Hessian, hvp
@@ -17,6 +18,7 @@ __all__ = [
     "LossHessian",
     "OverBatches",
     "RankOne",
+    "all_reduced",
     "ggnvp",
     "hvp",
     "loss_hessian",

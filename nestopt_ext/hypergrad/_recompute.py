@@ -101,8 +101,8 @@ class _Segment:
         for tensor, version in self._given:
             if tensor._version != version:
                 raise RuntimeError(
-                    f"{self._caller}: hparams must stay as they are until the derivative is taken, while recompute=True;"
-                    f" got one of shape {_lists.shape_name(tensor.shape)} changed in place since."
+                    f"{self._caller}: hparams must stay as they are until the derivative is taken, while"
+                    f" recompute=True; got one of shape {_lists.shape_name(tensor.shape)} changed in place since."
                 )
         tensors: TensorList = []
         end: TensorList = observe(lambda: self._compute(tensors)).value

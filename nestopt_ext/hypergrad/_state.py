@@ -7,7 +7,7 @@ which is all that a solver or an operator sees.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,9 +67,8 @@ def flatten(caller: str, name: str, value: object) -> tuple[TensorList, Nest]:
             item = dict(item.items())
         if isinstance(item, Mapping):
             return _mapping(item, {key: visit(part, f"{suffix}[{key!r}]") for key, part in item.items()})
-        is_parts = isinstance(item, list | tuple) if suffix else isinstance(item, Iterable)
-        if is_parts and not isinstance(item, str | bytes | torch.nn.Module):
-            return _sequence(item, [visit(part, f"{suffix}[{i}]") for i, part in enumerate(item)])  # type: ignore[arg-type]
+        if isinstance(item, list | tuple) or (not suffix and isinstance(item, Iterator)):
+            return _sequence(item, [visit(part, f"{suffix}[{i}]") for i, part in enumerate(item)])
         module = isinstance(item, torch.nn.Module)
         remedy = " Pass its parameters: dict(module.named_parameters())." if module else ""
         wanted = "a Tensor, or lists, tuples and dicts of tensors"

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _lists
 from .._types import TensorList
 from ..curvature._evaluation import check_scalar
-from ..curvature._gradient import named_faults
+from ..curvature._gradient import _refuse_error_nodes, named_faults
 from . import _state
 from .unrolled import accepts_step
 
@@ -22,7 +22,9 @@ Rate: TypeAlias = float | Tensor | Callable[[Any], Any]
 
 
 def gradient_step(inner_loss: Callable[..., Tensor], lr: Rate, *, momentum: Rate | None = None) -> Callable[..., Any]:
-    r"""A step of gradient descent for :func:`unrolled`: ``step_fn(params, hparams)`` returns
+    r"""A step of gradient descent, to be handed to :func:`unrolled`.
+
+    The function that is returned, ``step_fn(params, hparams)``, gives
 
     .. math:: w - \eta \, \frac{\partial L_T}{\partial w}(w, \lambda), \qquad \eta = \mathtt{lr},
 
@@ -36,7 +38,8 @@ def gradient_step(inner_loss: Callable[..., Tensor], lr: Rate, *, momentum: Rate
     ``torch.optim.SGD``.
 
     ``params`` are a Tensor, or lists, tuples and dicts of floating tensors in any nesting. Those that the loss does not
-    use have gradient zero. A step only reads its arguments.
+    use have gradient zero. A step only reads its arguments. The first one differentiates the loss once more, to see
+    that PyTorch has its second derivative.
 
     Raises TypeError or ValueError for a bad ``lr``, ``momentum`` or state, for a loss that is not a scalar with a
     graph, or that depends on none of the params; RuntimeError, with the way out, where PyTorch has no second
@@ -57,14 +60,19 @@ def gradient_step(inner_loss: Callable[..., Tensor], lr: Rate, *, momentum: Rate
     if momentum is not None:
         _check_rate("momentum", momentum)
     numbered = accepts_step(inner_loss)
+    seen_once = False
 
     def gradient(params: Any, hparams: Any, step: int | None) -> tuple[TensorList, TensorList, _state.Nest]:
+        nonlocal seen_once
         flat, nest = _state.flatten(_CALLER, "params", params)
         _lists.check_floating(_CALLER, nest.labels("params"), flat)
         with torch.enable_grad():
             loss = inner_loss(params, hparams, step=step) if numbered else inner_loss(params, hparams)
         check_scalar(_CALLER, "inner_loss", loss)
         with named_faults(_CALLER, "inner_loss"):
+            if not seen_once:
+                _refuse_hidden_ends(loss, flat)
+                seen_once = True
             found = torch.autograd.grad(loss, flat, create_graph=True, allow_unused=True)
         if all(g is None for g in found):
             raise ValueError(f"{_CALLER}: inner_loss must depend on params; got a graph that none of them is in.")
@@ -87,6 +95,18 @@ def gradient_step(inner_loss: Callable[..., Tensor], lr: Rate, *, momentum: Rate
     return plain if momentum is None else heavy_ball
 
 
+def _refuse_hidden_ends(loss: Tensor, params: TensorList) -> None:
+    """Raises where the gradient of a loss would lose part of its own derivative in silence.
+
+    A seed that requires grad makes every once_differentiable function leave its error node in the graph, which is
+    dropped afterwards; the hooks keep it from whoever records what is saved.
+    """
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        seed = torch.ones_like(loss, requires_grad=True)
+        grads = torch.autograd.grad(loss, params, seed, create_graph=True, allow_unused=True)
+    _refuse_error_nodes([g for g in grads if g is not None])
+
+
 def _descend(weights: TensorList, directions: TensorList, lr: float | Tensor) -> TensorList:
     if isinstance(lr, Tensor):
         return [w - lr.to(w.dtype) * d for w, d in zip(weights, directions, strict=True)]
@@ -105,10 +125,8 @@ def _value(name: str, rate: Any, hparams: Any) -> float | Tensor:
 def _check_rate(name: str, rate: Any) -> None:
     if isinstance(rate, Tensor):
         if rate.dim() != 0 or not rate.is_floating_point():
-            shape = _lists.shape_name(rate.shape)
-            raise TypeError(
-                f"{_CALLER}: {name} must be a 0-dim floating tensor; got shape {shape} of {_lists.dtype_name(rate.dtype)}."
-            )
+            got = f"shape {_lists.shape_name(rate.shape)} of {_lists.dtype_name(rate.dtype)}"
+            raise TypeError(f"{_CALLER}: {name} must be a 0-dim floating tensor; got {got}.")
     elif isinstance(rate, Real) and not isinstance(rate, bool):
         if not math.isfinite(rate):
             raise ValueError(f"{_CALLER}: {name} must be finite; got {rate}.")

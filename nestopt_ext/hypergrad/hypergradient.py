@@ -1,23 +1,33 @@
 """The gradient of an outer loss in hyperparameters, by the implicit function theorem."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from .._types import Loss, MatVec, TensorList, Tensors
+from .._types import Loss, MatVec, Tensors
 from ..curvature._evaluation import evaluate, preserved_rng
 from ..curvature._gradient import named_faults
 from ..solvers import Neumann, Solver
 from ._problem import InnerProblem, Variables
+from .fixed_point import FixedPointMap
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def hypergradient(
     outer_loss: Loss,
-    inner_loss: Loss,
+    inner_loss: Loss | FixedPointMap,
     params: Tensors,
     hparams: Tensors,
     *,
     solver: Solver = Neumann(),  # noqa: B008  a frozen value
     curvature: MatVec | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, ...]:
     r"""The gradient of ``outer_loss`` in ``hparams``, where ``params`` minimize ``inner_loss`` and so depend on
     ``hparams``.
@@ -35,10 +45,17 @@ def hypergradient(
     ``curvature`` is None for the Hessian of ``inner_loss``, or any callable that returns A times tensors like
     ``params``.
 
+    In place of ``inner_loss`` a :class:`FixedPointMap` may stand, where the params solve w = Phi(w, lambda) instead of
+    minimizing a loss.
+
     Returns a tuple, one new tensor without graph for each of ``hparams`` in order; zeros for one that no loss uses.
     Nothing is modified: not the params, not any ``.grad``, and of what a closure does, random state on CPU and CUDA and
     every in-place write to an older tensor (running statistics, counters) is undone bit for bit, after an exception
     too.
+
+    With a ``process_group`` (``torch.distributed.group.WORLD``) each loss is the mean, over its ranks, of what the rank
+    computes from examples of its own, as many on each: the outer gradient, every product with the curvature (one
+    all-reduce) and the result are averaged, so that all ranks return the same bits. All must call it at the same point.
 
     A series that diverges or meets NaN or Inf gives one RuntimeWarning, and the numbers as they are. Raises TypeError
     or ValueError for bad arguments (a loss without a graph, a param that does not require grad, hparams that neither
@@ -58,24 +75,23 @@ def hypergradient(
     caller = "hypergradient"
     variables = Variables(caller, params, hparams, all_hparams=True)
     with preserved_rng():
-        outer_grads, direct = _outer_gradients(caller, outer_loss, variables)
-        inner = InnerProblem(variables, inner_loss, solver, curvature)
-        response: list[Tensor | None] = [None] * len(variables.hparams)
-        if outer_grads is not None:
-            response = inner.response(outer_grads, variables.hparams)
+        outer_grads, direct = outer_gradients(caller, outer_loss, variables)
+        inner = InnerProblem(variables, inner_loss, solver, curvature, process_group)
+        response = inner.response(outer_grads, variables.hparams)
+        direct = inner.mean(direct, variables.hparams)
         unused = all(t is None for t in (*direct, *response))
         if unused and not inner.uses(variables.hparams):
             raise ValueError(
                 f"{caller}: hparams must be used by outer_loss or inner_loss; got {len(direct)} in neither graph."
                 " Compute the losses from these very tensors, not from copies or .data."
             )
-    return tuple(map(_difference, direct, response, variables.hparams))
+    return tuple(map(difference, direct, response, variables.hparams))
 
 
-def _outer_gradients(
+def outer_gradients(
     caller: str, outer_loss: Loss, variables: Variables
-) -> tuple[TensorList | None, tuple[Tensor | None, ...]]:
-    """The gradient of the outer loss in params, None where it uses none of them, and in hparams."""
+) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+    """The gradients of the outer loss in params and in hparams, None where it uses none."""
     outer = evaluate(caller, "outer_loss", outer_loss)
     inputs = [*variables.params, *variables.hparams]
     with outer.differentiating(), named_faults(caller, "outer_loss"):
@@ -83,15 +99,10 @@ def _outer_gradients(
     if all(g is None for g in grads):
         raise ValueError(f"{caller}: outer_loss must depend on params or hparams; got a graph that none of them is in.")
     size = len(variables.params)
-    in_params, in_hparams = grads[:size], grads[size:]
-    if all(g is None for g in in_params):
-        return None, in_hparams
-    return [
-        torch.zeros_like(p) if g is None else g.detach() for p, g in zip(variables.params, in_params, strict=True)
-    ], in_hparams
+    return grads[:size], grads[size:]
 
 
-def _difference(direct: Tensor | None, response: Tensor | None, like: Tensor) -> Tensor:
+def difference(direct: Tensor | None, response: Tensor | None, like: Tensor) -> Tensor:
     """The direct part less the response, in memory of its own; None stands for zero."""
     if response is not None:
         return response.detach().neg() if direct is None else direct.detach() - response.detach()

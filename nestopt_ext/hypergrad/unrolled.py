@@ -41,7 +41,7 @@ def unrolled(
     handed always require grad, so it may differentiate a loss in them (``create_graph=True``);
     :func:`gradient_step` makes such a function. ``params`` are a Tensor, or lists, tuples and dicts of tensors in any
     nesting, for example ``{"weights": {...}, "momentum": {...}}``; whatever a rule remembers from step to step belongs
-    there, integer counters too. ``hparams`` are a Tensor, list, tuple or dict of tensors, and are handed on as they are.
+    there, integer counters too. ``hparams`` are a Tensor, list, tuple or dict of tensors, handed on as they are.
 
     Returns new tensors in the structure of ``params``, a function of ``hparams``, of the initial ``params``, and of
     whatever else ``step_fn`` reads, with derivatives of every order. Neither is modified. Under ``torch.no_grad()`` the
