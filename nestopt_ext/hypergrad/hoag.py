@@ -98,9 +98,9 @@ def hoag(
     5. :math:`p = \partial L_V/\partial\lambda - q^\top \, \partial^2 L_T/\partial w\,\partial\lambda^\top`.
 
     "Grown" is by more than what the inexact solves explain, :math:`\|q\|` times the norms of the two inner gradients
-    that are left: the first-order error of the outer loss. A decrease of :math:`\ell/2 \,\|\Delta\lambda\|^2`, up to
-    the same error, multiplies :math:`\ell` by 0.95. The first :math:`\ell` makes the root mean square of the first
-    move 1, or is 1 where :math:`\|p\| \le 10^{-3}`.
+    that are left: the first-order error of the outer loss. A decrease by more than that error, and more than
+    :math:`\ell/2 \,\|\Delta\lambda\|^2`, multiplies :math:`\ell` by 0.95. The first :math:`\ell` makes the root mean
+    square of the first move 1, or is 1 where :math:`\|p\| \le 10^{-3}`.
 
     Losses are zero-argument closures that read ``params`` and ``hparams``, and compute the same each time: they see the
     same random numbers at every call. ``params`` and ``hparams`` (Tensor, list, tuple or dict) are leaf tensors that
@@ -209,7 +209,7 @@ class _Run:
         accepted = outer <= last.outer_loss + error
         if accepted:
             self._accept(tolerance, inner_norm, outer)
-            if moved and outer <= last.outer_loss + error - lipschitz / 2 * moved**2:
+            if outer < last.outer_loss - max(error, lipschitz / 2 * moved**2):
                 lipschitz *= 0.95
         else:
             lipschitz *= 2
