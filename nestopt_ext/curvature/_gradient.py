@@ -160,7 +160,7 @@ class Gradient:
         """``v`` times the derivative of the gradient in ``hparams``; None where the gradient does not depend on one."""
         return self._vjp(hparams, v)
 
-    def loss_uses(self, hparams: TensorList) -> bool:
+    def uses(self, hparams: TensorList) -> bool:
         """Whether any of ``hparams`` is in the graph of the loss itself."""
         with self._differentiating():
             grads = torch.autograd.grad(self._evaluation.loss, hparams, retain_graph=True, allow_unused=True)
