@@ -55,6 +55,9 @@ class Structure:
         List and tuple count as one kind, because ``torch.autograd.grad`` turns every sequence into a tuple.
         ``returned`` says that ``value`` is what a caller's function returned, not an argument.
         """
+        alike = self._alike(value)
+        if alike is not None:
+            return alike
         flat, structure = flatten(caller, name, value)
         if self.single != structure.single:
             wanted = "a Tensor" if self.single else "a sequence or dict of tensors"
@@ -72,6 +75,17 @@ class Structure:
         if len(flat) != len(self.suffixes):
             raise ValueError(f"{caller}: {name} must have {len(self.suffixes)} tensors; got {len(flat)}.")
         return flat
+
+    def _alike(self, value: object) -> TensorList | None:
+        """The tensors of a value of the plainest kind, without making words for a message."""
+        if self.single:
+            return [value] if isinstance(value, Tensor) else None
+        if self.keys is not None:
+            found = list(value.values()) if type(value) is dict and tuple(value) == self.keys else None
+        else:
+            plain = isinstance(value, list | tuple) and len(value) == len(self.suffixes)
+            found = list(value) if plain else None  # type: ignore[call-overload]
+        return found if found is not None and all(isinstance(t, Tensor) for t in found) else None
 
 
 def flatten(caller: str, name: str, tensors: object) -> tuple[TensorList, Structure]:

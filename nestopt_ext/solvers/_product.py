@@ -25,7 +25,7 @@ class Product:
     def __init__(
         self, caller: str, matvec: MatVec, structure: _lists.Structure, like: TensorList, *, name: str = "matvec"
     ) -> None:
-        if not callable(matvec):
+        if not callable(matvec) and not isinstance(matvec, LinearOperator):
             remedy = " Pass lambda v: A @ v." if isinstance(matvec, torch.Tensor) else ""
             raise TypeError(f"{caller}: {name} must be callable; got {_lists.value_name(matvec)}.{remedy}")
         self.count = 0

@@ -52,10 +52,10 @@ class Space:
         self.least_noise, self.most_noise = min(levels, default=0.0), max(levels, default=0.0)
 
     def gather(self, tensors: TensorList) -> TensorList:
-        """The buffers of a list, in new memory unless the list is a single tensor of the working dtype."""
+        """The buffers of a list without graph, in new memory unless it is a single tensor of the working dtype."""
         found = []
         for group in self._groups:
-            flat = [self._row(tensors[i].detach()).to(group.dtype) for i in group.positions]
+            flat = [self._row(tensors[i]).to(group.dtype) for i in group.positions]
             found.append(flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1))
         return found
 
@@ -63,7 +63,7 @@ class Space:
         """The buffers of a list, in new memory."""
         return [
             buffer.clone(memory_format=torch.contiguous_format) if len(group.positions) == 1 else buffer
-            for group, buffer in zip(self._groups, self.gather(tensors), strict=True)
+            for group, buffer in zip(self._groups, self.gather([t.detach() for t in tensors]), strict=True)
         ]
 
     def views(self, buffers: TensorList) -> TensorList:
@@ -84,23 +84,20 @@ class Space:
 
     def dot(self, a: TensorList, b: TensorList) -> Tensor:
         """The inner products, [] or [k]."""
-        total = self._zero
-        for x, y in zip(a, b, strict=True):
-            part = torch.linalg.vecdot(x, y) if self._batched else torch.dot(x, y)
-            total = total + part.to(total)
-        return total
+        parts = [torch.linalg.vecdot(x, y) if self._batched else torch.dot(x, y) for x, y in zip(a, b, strict=True)]
+        return self._total(parts)
 
     def norm(self, a: TensorList) -> Tensor:
-        """The Euclidean norms, [] or [k]; they do not overflow where a square would."""
-        total = self._zero
-        for x in a:
-            total = total + torch.linalg.vector_norm(x, dim=-1, dtype=self.scalar).square().to(total)
-        return total.sqrt()
+        """The Euclidean norms, [] or [k]; those of float32 do not overflow where a square would."""
+        if len(a) == 1:
+            norm: Tensor = torch.linalg.vector_norm(a[0], dim=-1, dtype=self.scalar)
+            return norm
+        return self._total([torch.linalg.vector_norm(x, dim=-1, dtype=self.scalar).square() for x in a]).sqrt()
 
-    def add_(self, a: TensorList, b: TensorList, factor: Tensor) -> None:
-        """``a += factor * b``, with a factor for each right-hand side."""
+    def add_(self, a: TensorList, b: TensorList, factor: Tensor, *, sign: int = 1) -> None:
+        """``a += sign * factor * b``, with a factor for each right-hand side."""
         for x, y in zip(a, b, strict=True):
-            x.addcmul_(y, self._spread(factor, y))
+            x.addcmul_(y, self._spread(factor, y), value=sign)
 
     def scale_(self, a: TensorList, factor: Tensor) -> None:
         for x in a:
@@ -115,6 +112,12 @@ class Space:
         tiny = max((torch.finfo(g.dtype).tiny for g in self._groups), default=1.0)
         usable = (root > 4 * tiny) & (root < 1 / (4 * tiny))
         return torch.where(usable, root, torch.ones_like(root)).log2().round().exp2()
+
+    def _total(self, parts: TensorList) -> Tensor:
+        total = parts[0].to(self._zero) if parts else self._zero
+        for part in parts[1:]:
+            total = total + part.to(self._zero)
+        return total
 
     def _row(self, tensor: Tensor) -> Tensor:
         return _lists.rows(tensor) if self._batched else tensor.reshape(-1)

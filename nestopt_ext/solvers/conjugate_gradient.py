@@ -89,7 +89,7 @@ class ConjugateGradient:
             state.iterate(first=i == 0)
         used = f"max_iters={self.max_iters}, rtol={self.rtol:.4g}, damping={self.damping:.4g}"
         evidence = _Ends(state.ends(), used)
-        return Outcome(space.returned(state.x, state.unit), evidence, state.largest, self.rtol)
+        return Outcome(state.solution(), evidence, state.curvature(), self.rtol)
 
 
 def cg_ihvp(matvec: MatVec, v: SameTensors, *, max_iters: int, rtol: float, damping: float = 0.0) -> SameTensors:
@@ -116,7 +116,7 @@ def cg_ihvp(matvec: MatVec, v: SameTensors, *, max_iters: int, rtol: float, damp
 
 
 class _State:
-    """The iterates of all right-hand sides; a number for each says how it goes.
+    """The iterates of all right-hand sides; numbers [] or [k] say how each one goes.
 
     The solve is for v / ``unit``. ``active`` marks the right-hand sides that are not done; the others take steps of
     length zero and keep their direction, so that a late product changes nothing.
@@ -129,80 +129,90 @@ class _State:
         self._inner = None
         if options.preconditioner is not None:
             self._inner = system.beside(system.product.beside(options.preconditioner, "preconditioner"))
+        self._zero, self._one = system.scalars(), system.scalars(1.0)
         residual = space.copied(system.v)
-        length = space.norm(residual)
-        self.unit = space.unit(length)
-        space.scale_(residual, 1 / self.unit)
-        self.x = [torch.zeros_like(t) for t in residual]
+        self._start = space.norm(residual)
+        self._unit = space.unit(self._start)
+        space.scale_(residual, 1 / self._unit)
+        self._x = [torch.zeros_like(t) for t in residual]
         self._residual = residual
         self._residual_views = space.views(residual)
-        self.length = length / self.unit
+        self._length = self._start / self._unit
         # Where the residual is eps^2 of v, a step is below rounding unless the condition number is above 1 / eps.
-        self._target = torch.maximum(options.rtol * system.length() / self.unit, space.eps**2 * self.length)
-        self.active = self._is_above()
+        target = torch.maximum(options.rtol * system.length() / self._unit, space.eps**2 * self._length)
+        self._target = torch.where(target.isfinite(), target, self._zero)
+        self.active = ~(self._length <= self._target)
         preconditioned = self._preconditioned()
         self._direction = [t.clone() for t in preconditioned]
         self._direction_views = space.views(self._direction)
         self._square = space.dot(residual, preconditioned)
         self._direction_square = self._square
-        self.largest = system.scalars()
-        self._seen = system.scalars()
-        self._negative = torch.zeros_like(self.active)
-        self._broken = torch.zeros_like(self.active)
-        self._count = system.scalars()
+        self._largest = self._zero
+        self._largest_product = self._zero
+        self._tiny = system.scalars(torch.finfo(space.scalar).tiny)
+        self._end = system.scalars(math.inf)
+        self._count = self._zero
 
     def iterate(self, *, first: bool) -> None:
-        space, p, active = self._space, self._direction, self.active
+        space, p = self._space, self._direction
         product = space.gather(self._system.apply(self._direction_views))
         if self._damping:
             product = [a.add(t, alpha=self._damping) for a, t in zip(product, p, strict=True)]
         # The curvature along p in units of the preconditioner: the reciprocal of the step length, an element of the
         # tridiagonal matrix of the Lanczos process, which lies between the extreme eigenvalues of A.
         curvature = space.dot(p, product) / self._square
-        self._seen = torch.where(active, torch.fmax(self._seen, curvature.abs()), self._seen)
-        self._note_size(curvature, product)
+        self._largest = torch.fmax(self._largest, curvature.abs())
         # Rounding leaves in p'Ap about eps |A| p'p, of which p'p is known without an inner product.
-        noise = 4 * space.eps * self._seen * (self._direction_square / self._square)
-        flat = ((curvature.abs() <= noise) & curvature.isfinite()) | (self._square <= 0)
-        negative = active & (curvature < 0) & ~flat
-        broken = active & flat
-        going = active & ~negative & ~broken
-        # A product that overflowed must not pass for a step of length zero.
-        length = torch.where(curvature.isfinite(), 1 / curvature, curvature.new_full((), math.nan))
-        step = torch.where(going, length, torch.zeros_like(length))
+        noise = torch.addcmul(self._tiny, self._largest, self._direction_square / self._square, value=4 * space.eps)
+        ended = self.active & (curvature < noise)
+        quotient = curvature / noise
+        if self._inner is not None:
+            unfit = self.active & (self._square <= 0)
+            ended, quotient = ended | unfit, torch.where(unfit, self._zero, quotient)
+            self._note_size(product)
+        self._end = torch.where(ended, quotient, self._end)
+        going = self.active & ~ended
+        length = curvature.reciprocal()
+        step = torch.where(going, length, self._zero)
         if first:
-            step = torch.where(negative, length.abs(), step)
-        self._negative = self._negative | negative
-        self._broken = self._broken | broken
-        self._count = self._count + active
-        space.add_(self.x, p, step)
-        space.add_(self._residual, product, -step)
+            step = torch.where(self.active & (quotient < -1), length.abs(), step)
+        self._count = self._count + self.active
+        space.add_(self._x, p, step)
+        space.add_(self._residual, product, step, sign=-1)
         del product
         self._turn(going)
 
+    def solution(self) -> TensorList:
+        """The iterates; NaN where the residual is not finite, as after a product that overflowed."""
+        return self._space.returned(self._x, self._unit + 0 * self._length)
+
+    def curvature(self) -> Tensor:
+        """The norm of A + damping I, as far as it was seen."""
+        return self._largest if self._inner is None else self._largest_product
+
     def ends(self) -> TensorList:
-        """For each right-hand side: the norm of the residual and what counts as converged; how it ended; iterations."""
-        negative, broken = self._negative.to(self._count), self._broken.to(self._count)
-        return [self.length, self._target, negative, broken, self._count]
+        """For each right-hand side its norm, that of its residual, the target, how it ended, and its iterations.
+
+        The third is the last curvature over what rounding leaves of one, or infinity where that was no reason to end.
+        """
+        return [self._start, self._length, self._target, self._end, self._count]
 
     def _turn(self, going: Tensor) -> None:
         """The next direction, for the right-hand sides that are not done."""
         space = self._space
         preconditioned = self._preconditioned()
         square = space.dot(self._residual, preconditioned)
-        self.length = square.sqrt() if self._inner is None else space.norm(self._residual)
-        self.active = going & self._is_above()
-        ratio = torch.where(self.active, square / self._square, torch.ones_like(square))
+        self._length = square.sqrt() if self._inner is None else space.norm(self._residual)
+        self.active = going & ~(self._length <= self._target)
+        ratio = torch.where(self.active, square / self._square, self._one)
+        share = self.active.to(square)
         space.scale_(self._direction, ratio)
-        space.add_(self._direction, preconditioned, self.active.to(square))
+        space.add_(self._direction, preconditioned, share)
         # The new residual and the old direction are orthogonal (in the norm of the inverse of M, if there is one).
-        grown = square + ratio.square() * self._direction_square
-        self._direction_square = torch.where(self.active, grown, self._direction_square)
+        self._direction_square = torch.where(
+            self.active, torch.addcmul(square, ratio * ratio, self._direction_square), self._direction_square
+        )
         self._square = torch.where(self.active, square, self._square)
-
-    def _is_above(self) -> Tensor:
-        """Where the residual is above its target, or not a number that could be compared."""
-        return ~((self.length <= self._target) & self.length.isfinite())
 
     def _preconditioned(self) -> TensorList:
         """M times the residual."""
@@ -210,13 +220,10 @@ class _State:
             return self._residual
         return self._space.gather(self._inner.apply(self._residual_views))
 
-    def _note_size(self, curvature: Tensor, product: TensorList) -> None:
-        """The norm of A, as far as a direction shows it."""
-        if self._inner is None:
-            self.largest = self._seen
-        else:
-            size = self._space.norm(product) / self._space.norm(self._direction)
-            self.largest = torch.where(self.active, torch.fmax(self.largest, size), self.largest)
+    def _note_size(self, product: TensorList) -> None:
+        """The norm of A, as far as a direction shows it; with M the curvature along it does not."""
+        size = self._space.norm(product) / self._space.norm(self._direction)
+        self._largest_product = torch.fmax(self._largest_product, size)
 
 
 @dataclass(frozen=True)
@@ -231,24 +238,22 @@ class _Ends:
 
     def read(self, caller: str, numbers: list[list[float]]) -> Finding:
         ends = list(zip(*numbers, strict=True))
-        statuses = [_status(*end) for end in ends]
+        statuses = [_status(residual, target, end) for _, residual, target, end, _ in ends]
 
         def explain(status: Status) -> str:
-            if any(not math.isfinite(residual) and not count for residual, _, _, _, count in ends):
+            if not all(map(math.isfinite, numbers[0])):
                 return unfit_right_side(self.used)
-            iterations = next((int(end[4]) for end, own in zip(ends, statuses, strict=True) if own is status), 0)
+            iterations = next((int(end[-1]) for end, own in zip(ends, statuses, strict=True) if own is status), 0)
             return _explain(status, f"{self.used}; iteration {iterations}")
 
         return Finding(statuses, explain)
 
 
-def _status(residual: float, target: float, negative: float, broken: float, count: float) -> Status:
+def _status(residual: float, target: float, end: float) -> Status:
     if not math.isfinite(residual):
         return Status.non_finite
-    if negative:
-        return Status.negative_curvature
-    if broken:
-        return Status.breakdown
+    if end < math.inf:
+        return Status.negative_curvature if end < -1 else Status.breakdown
     return Status.converged if residual <= target else Status.max_terms
 
 

@@ -57,7 +57,7 @@ class FixedPoint:
     def run(self, system: System) -> Outcome:
         """The iterate for the right-hand sides of ``system``."""
         space = Space(system)
-        v = space.gather(system.v)
+        v = space.gather([t.detach() for t in system.v])
         x = space.copied(system.v)
         views = space.views(x)
         asked = self.rtol * system.length()
