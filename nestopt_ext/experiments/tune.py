@@ -23,12 +23,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, contents, data
+from .. import _checkpoint as checkpoint
+from .._json_log import JsonLog
+from . import contents, data
 from .config import ConfigError, TuneConfig
 from .data import Part, Split
 from .models import build_model
 from .problems import FixedDecay, PerExampleWeight, PerWeightDecay, Problem
-from .report import JsonLog
 from .results import MethodResult
 from .run_folder import CHECKPOINT, LOG
 from .training import Training, TrainingDiverged
@@ -127,10 +128,12 @@ def tune(
 ) -> TuneResult:
     """Runs all four trainings of the module's list and returns what they reached.
 
-    With ``output``, a folder that exists, the run is logged to ``log.jsonl`` and saved to ``checkpoint.pt`` there; with
-    ``resume`` it continues from that checkpoint to the numbers of an uninterrupted run, bit for bit on one machine.
-    ``inputs`` are those that `load_inputs` gave for ``config``, where the caller has them already. ``should_stop`` is
-    asked after every outer step; once it says yes, the run is saved and Interrupted is raised.
+    With ``output``, a folder that exists, the run is logged to ``log.jsonl`` and saved to ``checkpoint.pt`` there. The
+    lines of the log are of the events ``config`` (first), ``point`` of a learning curve, ``trial`` of the search and
+    ``result`` of a method; only ``seconds`` and ``peak_mib`` differ between equal runs. With ``resume`` the run
+    continues from that checkpoint to the numbers of an uninterrupted run, bit for bit on one machine. ``inputs`` are
+    those that `load_inputs` gave for ``config``, where the caller has them already. ``should_stop`` is asked after
+    every outer step; once it says yes, the run is saved and Interrupted is raised.
 
     Raises ConfigError, DataError and FormatError for what the caller can mend, CheckpointError when the checkpoint is
     damaged, TuneError when a training diverges, when the checkpoint is that of another run, or when ``output`` holds

@@ -11,11 +11,13 @@ from torch import Tensor
 from .. import _lists
 from .._distributed import average_, check_group
 from .._types import Loss, MatVec, TensorList, Tensors
+from ..curvature import CurvatureOperator
 from ..curvature._gradient import Gradient, check_params
 from ..curvature.all_reduced import all_reduced
 from ..solvers import ConjugateGradient, Solver
+from ..solvers._outcome import warn
 from ..solvers._product import Product
-from ..solvers._solve import check_solver, inverse_product
+from ..solvers._solve import Inverse, check_solver, invert
 from .fixed_point import FixedPointEquation, FixedPointMap
 
 if TYPE_CHECKING:
@@ -90,6 +92,8 @@ class InnerProblem:
         if curvature is not None and not callable(curvature):
             got = _lists.value_name(curvature)
             raise TypeError(f"{caller}: curvature must be None or a callable on tensors like params; got {got}.")
+        if isinstance(curvature, CurvatureOperator):
+            curvature = curvature.on(variables.params, variables.structure)
         self._variables = variables
         self._solver = solver
         self._group = process_group
@@ -119,14 +123,27 @@ class InnerProblem:
     def response(self, v: Sequence[Tensor | None], hparams: TensorList) -> list[Tensor | None]:
         """``v`` A^-1 dF/dhparams: minus the outer gradient ``v``, carried through the response of the params.
 
-        F is differentiated in ``hparams`` (of a loss: the gradient in params, not the other way round), which costs the
-        same for any number of them. None stands for zeros.
+        Warns once if the solve cannot be trusted. None stands for zeros.
         """
-        if self._group is None and all(t is None for t in v):
+        solved = self.solve(v)
+        if solved is None:
             return [None] * len(hparams)
-        caller = self._variables.caller
+        warn(self._variables.caller, solved.verdict)
+        return self.carry(solved.value, hparams)
+
+    def solve(self, v: Sequence[Tensor | None], start: TensorList | None = None) -> Inverse | None:
+        """A^-1 ``v``, from ``start`` on; None where ``v`` is zero for certain, on every rank. Never warns."""
+        if self._group is None and all(t is None for t in v):
+            return None
         right = [t.detach() for t in _filled(self.mean(v, self._variables.params), self._variables.params)]
-        solved = inverse_product(caller, self._product(right), right, self._solver)
+        return invert(self._variables.caller, self._product(right), right, self._solver, start=start)
+
+    def carry(self, solved: TensorList, hparams: TensorList) -> list[Tensor | None]:
+        """``solved`` dF/dhparams, where None stands for zeros.
+
+        F is differentiated in ``hparams`` (of a loss: the gradient in params, not the other way round), which costs the
+        same for any number of them.
+        """
         return self.mean(self._equation.mixed(hparams, solved), hparams)
 
     def mean(self, tensors: Sequence[Tensor | None], like: TensorList) -> list[Tensor | None]:
