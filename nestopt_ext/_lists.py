@@ -221,9 +221,7 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm of each of k lists, [k, *shape] for each tensor; [k] on the device of the first one."""
-    parts = [
-        torch.linalg.vector_norm(rows(t.detach()), dim=1, dtype=scalar_dtype(t.device)).square() for t in tensors
-    ]
+    parts = [torch.linalg.vector_norm(rows(t.detach()), dim=1, dtype=scalar_dtype(t.device)).square() for t in tensors]
     return _total(parts).sqrt()
 
 

@@ -236,14 +236,14 @@ def test_the_number_of_the_step_is_handed_to_whoever_asks(options):
     rates = [0.5, 0.25, 0.125, 0.0625]
     w, h = leaf(torch.tensor(1.0, dtype=F64)), leaf(torch.tensor(1.0, dtype=F64))
     last = unrolled(lambda w, h, *, step: w - rates[step] * h * w, w, h, num_steps=4, **options)
-    assert float(last) == math.prod(1 - r for r in rates)
+    assert last.item() == math.prod(1 - r for r in rates)
     seen = []
 
     def batch_loss(w, h, step):
         seen.append(step)
         return 0.5 * h * w**2
 
-    assert float(unrolled(gradient_step(batch_loss, lr=0.5), w, h, num_steps=3, **options)) == 0.125
+    assert unrolled(gradient_step(batch_loss, lr=0.5), w, h, num_steps=3, **options).item() == 0.125
     assert seen == [0, 1, 2]
 
 

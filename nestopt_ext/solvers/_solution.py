@@ -20,7 +20,9 @@ class Status(enum.Enum):
 
     converged = "the residual is at its tolerance, or at rounding level"
     max_terms = "all that the options allow was used before the residual reached its tolerance"
-    breakdown = "the method met a direction it cannot divide by: the curvature is singular, or close to it; raise damping"
+    breakdown = (
+        "the method met a direction it cannot divide by: the curvature is singular, or close to it; raise damping"
+    )
     negative_curvature = "the curvature is not positive definite; raise damping, or use a positive semi-definite one"
     diverged = "the terms of the series grow; lower alpha, raise damping, or use a positive semi-definite curvature"
     non_finite = "the result holds NaN or Inf; it is returned as it is"

@@ -77,9 +77,7 @@ class Inverse:
     status: Status
 
 
-def invert(
-    caller: str, product: Product, v: TensorList, solver: Solver, *, start: TensorList | None = None
-) -> Inverse:
+def invert(caller: str, product: Product, v: TensorList, solver: Solver, *, start: TensorList | None = None) -> Inverse:
     """The solution alone, with no product spent on the residual; warns once if it cannot be trusted.
 
     ``start`` is a list like ``v`` or None; with it one product is spent. The status is what the method saw, so a series

@@ -91,9 +91,7 @@ class ConjugateGradient:
         return Outcome(space.returned(state.x, state.unit), evidence, state.largest, self.rtol)
 
 
-def cg_ihvp(
-    matvec: MatVec, v: SameTensors, *, max_iters: int, rtol: float, damping: float = 0.0
-) -> SameTensors:
+def cg_ihvp(matvec: MatVec, v: SameTensors, *, max_iters: int, rtol: float, damping: float = 0.0) -> SameTensors:
     r"""An inverse curvature product :math:`(A + \delta I)^{-1} v` by conjugate gradients.
 
     ``matvec`` is any callable that returns A times the tensors it is given, in the same structure, for a symmetric A;

@@ -271,9 +271,7 @@ class _Preconditioned:
 _Factor: TypeAlias = _Plain | _Preconditioned
 
 
-def _closed_form(
-    system: System, num_terms: int, step: Tensor, damping: float
-) -> tuple[TensorList, TensorList] | None:
+def _closed_form(system: System, num_terms: int, step: Tensor, damping: float) -> tuple[TensorList, TensorList] | None:
     if system.columns is None:
         found = system.product.series([t.detach() for t in system.v], num_terms, step, damping)
         return None if found is None else (found[0], [found[1]])
