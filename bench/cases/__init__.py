@@ -3,3 +3,4 @@
 from . import complex_adam as complex_adam
 from . import complex_sgd as complex_sgd
 from . import neumann as neumann
+from . import softmax_hessian as softmax_hessian
