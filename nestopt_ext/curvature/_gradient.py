@@ -127,7 +127,7 @@ _NO_SECOND_DERIVATIVE = (
 #: Nodes of a graph of gradients that stand for a derivative which is not there, and what is raised for them.
 _ERROR_NODES = {
     "torch::autograd::Error": "trying to differentiate twice a function that was marked with @once_differentiable",
-    "torch::autograd::WarnNotImplemented": "WarnNotImplemented: an autograd kernel was not registered to the Autograd keys",
+    "torch::autograd::WarnNotImplemented": "WarnNotImplemented: no kernel was registered to the Autograd keys",
 }
 
 #: Nodes whose backward pass, differentiated in their first input, is wrong and not refused by PyTorch.
