@@ -1,9 +1,10 @@
 """Nested (bilevel) optimization for PyTorch: one set of parameters optimized inside the objective of another.
 
 Optimizers     ComplexSGD, ComplexAdam, effective_lr; ExtraSGD, ExtraAdam, OptimisticSGD, OptimisticAdam
-Products       hvp
-Curvature      Hessian
-Inverses       neumann_ihvp, solve; Neumann, Identity; Solution, Status
+Products       hvp, ggnvp, loss_hessian
+Curvature      Hessian, GaussNewton, EmpiricalFisher, RankOne, KFAC, Diagonal; OverBatches, all_reduced
+Inverses       neumann_ihvp, cg_ihvp, solve; Neumann, ConjugateGradient, Identity, Exact, FixedPoint, Nystrom, Woodbury;
+               Solution, Status
 Hypergradients hypergradient, best_response
 Games          games
 This build     native_status, build_info
@@ -13,30 +14,70 @@ from . import _ops as _ops
 from . import games as games
 from ._library import build_info, native_status
 from ._version import __version__
-from .curvature import Hessian, hvp
+from .curvature import (
+    KFAC,
+    Diagonal,
+    EmpiricalFisher,
+    GaussNewton,
+    Hessian,
+    OverBatches,
+    RankOne,
+    all_reduced,
+    ggnvp,
+    hvp,
+    loss_hessian,
+)
 from .hypergrad import best_response, hypergradient
 from .optim import ComplexAdam, ComplexSGD, ExtraAdam, ExtraSGD, OptimisticAdam, OptimisticSGD, effective_lr
-from .solvers import Identity, Neumann, Solution, Status, neumann_ihvp, solve
+from .solvers import (
+    ConjugateGradient,
+    Exact,
+    FixedPoint,
+    Identity,
+    Neumann,
+    Nystrom,
+    Solution,
+    Status,
+    Woodbury,
+    cg_ihvp,
+    neumann_ihvp,
+    solve,
+)
 
 __all__ = [
+    "KFAC",
     "ComplexAdam",
     "ComplexSGD",
+    "ConjugateGradient",
+    "Diagonal",
+    "EmpiricalFisher",
+    "Exact",
     "ExtraAdam",
     "ExtraSGD",
+    "FixedPoint",
+    "GaussNewton",
     "Hessian",
     "Identity",
     "Neumann",
+    "Nystrom",
     "OptimisticAdam",
     "OptimisticSGD",
+    "OverBatches",
+    "RankOne",
     "Solution",
     "Status",
+    "Woodbury",
     "__version__",
+    "all_reduced",
     "best_response",
     "build_info",
+    "cg_ihvp",
     "effective_lr",
     "games",
+    "ggnvp",
     "hvp",
     "hypergradient",
+    "loss_hessian",
     "native_status",
     "neumann_ihvp",
     "solve",

@@ -64,7 +64,7 @@ def _update_(u: Tensor, logits: Tensor, row_weight: Tensor) -> None:
 
 
 def _centred(p: Tensor, x: Tensor) -> Tensor:
-    """x less its mean under p."""
+    """X less its mean under p."""
     return x - (p * x).sum(-1, keepdim=True)
 
 

@@ -55,6 +55,9 @@ class Structure:
         List and tuple count as one kind, because ``torch.autograd.grad`` turns every sequence into a tuple.
         ``returned`` says that ``value`` is what a caller's function returned, not an argument.
         """
+        alike = self._alike(value)
+        if alike is not None:
+            return alike
         flat, structure = flatten(caller, name, value)
         if self.single != structure.single:
             wanted = "a Tensor" if self.single else "a sequence or dict of tensors"
@@ -72,6 +75,17 @@ class Structure:
         if len(flat) != len(self.suffixes):
             raise ValueError(f"{caller}: {name} must have {len(self.suffixes)} tensors; got {len(flat)}.")
         return flat
+
+    def _alike(self, value: object) -> TensorList | None:
+        """The tensors of a value of the plainest kind, without making words for a message."""
+        if self.single:
+            return [value] if isinstance(value, Tensor) else None
+        if self.keys is not None:
+            found = list(value.values()) if type(value) is dict and tuple(value) == self.keys else None
+        else:
+            plain = isinstance(value, list | tuple) and len(value) == len(self.suffixes)
+            found = list(value) if plain else None  # type: ignore[call-overload]
+        return found if found is not None and all(isinstance(t, Tensor) for t in found) else None
 
 
 def flatten(caller: str, name: str, tensors: object) -> tuple[TensorList, Structure]:
@@ -138,6 +152,14 @@ def check_like(caller: str, labels: Sequence[str], tensors: Sequence[Tensor], li
             raise TypeError(f"{caller}: {label} must be {dtype_name(other.dtype)}; got {dtype_name(tensor.dtype)}.")
         if tensor.device != other.device:
             raise ValueError(f"{caller}: {label} must be on {other.device}; got {tensor.device}.")
+
+
+def all_like(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> bool:
+    """Whether :func:`check_like` would pass, without the words for the other case."""
+    return all(
+        t.shape == o.shape and t.dtype == o.dtype and t.device == o.device and t.layout == torch.strided
+        for t, o in zip(tensors, like, strict=True)
+    )
 
 
 def _check_strided(caller: str, label: str, tensor: Tensor) -> None:
@@ -209,6 +231,17 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
         norms = torch._foreach_norm(group, dtype=scalar_dtype(group[0].device))
         parts.append(torch.linalg.vector_norm(torch.stack(list(norms))))
     return _total([p.square() for p in parts]).sqrt()
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of each of k lists, [k, *shape] for each tensor; [k] on the device of the first one."""
+    parts = [torch.linalg.vector_norm(rows(t.detach()), dim=1, dtype=scalar_dtype(t.device)).square() for t in tensors]
+    return _total(parts).sqrt()
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """A tensor [k, *shape] as a matrix with k rows."""
+    return tensor.flatten(1) if tensor.dim() > 1 else tensor.unsqueeze(1)
 
 
 def max_abs(tensors: Sequence[Tensor]) -> TensorList:

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 #include <type_traits>
 
 #include "cpu/simd.h"
@@ -24,13 +23,12 @@ NESTOPT_HD int piece_at(int64_t at, int64_t classes) {
 
 // A piece as an array of the type that arithmetic is done in, in place where it is one.
 template <class T, class V>
-NESTOPT_HD T* as_array(int n, V* x, T* buffer, T filling) {
+NESTOPT_HD T* as_array(int n, V* x, std::remove_const_t<T>* buffer, T filling) {
   if constexpr (std::is_same_v<std::remove_const_t<V>, std::remove_const_t<T>>) {
     if (n % kLanes == 0) return x;
   }
-  auto* filled = const_cast<std::remove_const_t<T>*>(buffer);
-  for (int i = 0; i < n; ++i) filled[i] = load(x[i]);
-  for (int i = n; i % kLanes != 0; ++i) filled[i] = filling;
+  for (int i = 0; i < n; ++i) buffer[i] = load(x[i]);
+  for (int i = n; i % kLanes != 0; ++i) buffer[i] = filling;
   return buffer;
 }
 
@@ -44,7 +42,7 @@ using Vector = typename VectorOf<T, kCount>::type;
 
 template <class T>
 NESTOPT_HD T largest_of(int n, const T* z) {  // of those that are not NaN
-  Vector<T, kLanes> largest = Vector<T, kLanes>{} - std::numeric_limits<T>::infinity(), next;
+  Vector<T, kLanes> largest = Vector<T, kLanes>{} + kLeftOut<T>, next;
   for (int i = 0; i < n; i += kLanes) {
     memcpy(&next, z + i, sizeof next);
     largest = next > largest ? next : largest;
@@ -88,7 +86,7 @@ NESTOPT_HD void include_piece(SoftmaxSums<T>& sums, int n, const T* __restrict z
     sums = {largest, u[head], e * (sums.others + 1), e * (sums.weighted + double{sums.head})};
   }
   // Before the first finite logit there are only zeros to add, and NaNs to be seen.
-  const T reference = sums.largest == -std::numeric_limits<T>::infinity() ? T(0) : sums.largest;
+  const T reference = sums.largest == kLeftOut<T> ? T(0) : sums.largest;
   T e[kPiece];
   for (int i = 0; i < n; ++i) e[i] = exp_nonpositive(z[i] - reference);
   if (head >= 0) e[head] = 0;
@@ -98,7 +96,6 @@ NESTOPT_HD void include_piece(SoftmaxSums<T>& sums, int n, const T* __restrict z
 template <class V, class A>
 NESTOPT_SIMD void update_rows(const SoftmaxHessianRows& rows, int64_t first, int64_t last) {
   using T = math_t<V>;
-  constexpr T kLeftOut = -std::numeric_limits<T>::infinity();
   T z_buffer[kPiece], u_buffer[kPiece];
   for (int64_t r = first; r < last; ++r) {
     const double weight = rows.weight(r);
@@ -111,7 +108,7 @@ NESTOPT_SIMD void update_rows(const SoftmaxHessianRows& rows, int64_t first, int
     SoftmaxSums<T> sums = SoftmaxSums<T>::none();
     for (int64_t at = 0, n = 0; at < rows.classes; at += n) {
       n = piece_at(at, rows.classes);
-      const T* const z_piece = as_array<const T>(n, z + at, z_buffer, kLeftOut);
+      const T* const z_piece = as_array<const T>(n, z + at, z_buffer, kLeftOut<T>);
       const T* const u_piece = as_array<const T>(n, u + at, u_buffer, T(0));
       include_piece(sums, (n + kLanes - 1) / kLanes * kLanes, z_piece, u_piece);
     }
@@ -119,7 +116,7 @@ NESTOPT_SIMD void update_rows(const SoftmaxHessianRows& rows, int64_t first, int
     for (int64_t at = 0, n = 0; at < rows.classes; at += n) {
       n = piece_at(at, rows.classes);
       const int padded = (n + kLanes - 1) / kLanes * kLanes;
-      const T* const z_piece = as_array<const T>(n, z + at, z_buffer, kLeftOut);
+      const T* const z_piece = as_array<const T>(n, z + at, z_buffer, kLeftOut<T>);
       T* const u_piece = as_array<T>(n, u + at, u_buffer, T(0));
       for (int i = 0; i < padded; ++i) u_piece[i] = softmax_hessian(row, z_piece[i], u_piece[i]);
       if (static_cast<void*>(u_piece) == u_buffer) {

@@ -49,7 +49,7 @@ __device__ __forceinline__ SoftmaxSums<T> join_group(SoftmaxSums<T> sums) {
 template <class V, class A, int kGroup, int kBlock>
 __global__ void __launch_bounds__(kBlock) softmax_hessian_kernel(const SoftmaxHessianRows __grid_constant__ rows) {
   using T = math_t<V>;
-  constexpr int kAtOnce = 4;
+  constexpr int kAtOnce = 16 / static_cast<int>(sizeof(T));
   constexpr int kStride = kAtOnce * kGroup;
   constexpr int kGroups = kBlock / kGroup;
   const int member = threadIdx.x % kGroup;
@@ -66,12 +66,10 @@ __global__ void __launch_bounds__(kBlock) softmax_hessian_kernel(const SoftmaxHe
     const int64_t whole = rows.classes - rows.classes % kStride;
     for (int64_t at = member; at < whole; at += kStride) {
       T zs[kAtOnce], us[kAtOnce];
-#pragma unroll
       for (int k = 0; k < kAtOnce; ++k) {
         zs[k] = load(z[at + k * kGroup]);
         us[k] = load(u[at + k * kGroup]);
       }
-#pragma unroll
       for (int k = 0; k < kAtOnce; ++k) include(sums, zs[k], us[k]);
     }
     for (int64_t c = whole + member; c < rows.classes; c += kGroup) include(sums, T(load(z[c])), T(load(u[c])));
@@ -84,12 +82,10 @@ __global__ void __launch_bounds__(kBlock) softmax_hessian_kernel(const SoftmaxHe
     }
     for (int64_t at = whole - kStride + member; at >= 0; at -= kStride) {
       T zs[kAtOnce], us[kAtOnce];
-#pragma unroll
       for (int k = 0; k < kAtOnce; ++k) {
         zs[k] = load(z[at + k * kGroup]);
         us[k] = load(u[at + k * kGroup]);
       }
-#pragma unroll
       for (int k = 0; k < kAtOnce; ++k) u[at + k * kGroup] = store<V>(softmax_hessian(row, zs[k], us[k]));
     }
   }

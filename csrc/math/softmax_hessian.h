@@ -73,6 +73,10 @@ NESTOPT_HD float exp_nonpositive(float x) {
 
 NESTOPT_HD double exp_nonpositive(double x) { return exp(x); }
 
+// The logit of a class that is left out.
+template <class T>
+constexpr T kLeftOut = -std::numeric_limits<T>::infinity();
+
 // What is kept of the classes that were met so far.
 template <class T>
 struct SoftmaxSums {
@@ -81,22 +85,22 @@ struct SoftmaxSums {
   double others;    // over the other classes: the sum of e_j = exp(z_j - largest),
   double weighted;  // and of e_j u_j
 
-  static NESTOPT_HD SoftmaxSums none() { return {-std::numeric_limits<T>::infinity(), T(0), 0.0, 0.0}; }
+  static NESTOPT_HD SoftmaxSums none() { return {kLeftOut<T>, T(0), 0.0, 0.0}; }
 };
 
 // The factor from exponentials relative to `from` to those relative to `to`.
 template <class T>
 NESTOPT_HD T rescaling(T from, T to) {
-  return from == -std::numeric_limits<T>::infinity() ? T(0) : exp_nonpositive(from - to);
+  return from == kLeftOut<T> ? T(0) : exp_nonpositive(from - to);
 }
 
 template <class T>
 NESTOPT_HD void include(SoftmaxSums<T>& sums, T z, T u) {
-  if (z > sums.largest) {
-    const double e = rescaling(sums.largest, z);
+  const bool rises = z > sums.largest;
+  const double e = rescaling(rises ? sums.largest : z, rises ? z : sums.largest);
+  if (rises) {
     sums = {z, u, e * (sums.others + 1), e * (sums.weighted + double{sums.head})};
   } else {
-    const double e = rescaling(z, sums.largest);
     sums.others += e;
     sums.weighted += e * double{u};
   }

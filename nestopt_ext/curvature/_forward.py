@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 from .. import _lists
 from .._types import Loss, TensorList
 from ._evaluation import Replay, check_scalar
-from ._gradient import named_faults
+from ._gradient import _refuse_error_nodes, named_faults
 from ._vjp import owned
 
 #: All wrappers that ``once_differentiable`` makes run this code.
@@ -49,8 +49,9 @@ class ForwardOverReverse:
             evaluation = call(self._closure)
         loss = evaluation.value
         check_scalar(self._caller, self._name, loss)
-        _refuse_once_differentiable(self._caller, self._name, loss)
         with evaluation.differentiating(), named_faults(self._caller, self._name):
+            _refuse_once_differentiable(loss)
+            _refuse_error_nodes([loss])
             grads = torch.autograd.grad(loss, self._params, allow_unused=True)
         if all(g is None for g in grads):
             raise ValueError(
@@ -78,7 +79,7 @@ def _tangent(dual: Tensor) -> Tensor | None:
     return tangent
 
 
-def _refuse_once_differentiable(caller: str, name: str, loss: Tensor) -> None:
+def _refuse_once_differentiable(loss: Tensor) -> None:
     """Their backward runs outside of autograd, and may lose tangents in silence."""
     waiting, seen = [loss.grad_fn], set()
     while waiting:
@@ -87,9 +88,6 @@ def _refuse_once_differentiable(caller: str, name: str, loss: Tensor) -> None:
             continue
         function = getattr(type(node), "_forward_cls", None)
         if getattr(getattr(function, "backward", None), "__code__", None) is _ONCE:
-            raise RuntimeError(
-                f"{caller}: {name} must be twice differentiable; got an autograd.Function marked once_differentiable"
-                f" ({function.__name__}). Write its backward with differentiable operations."  # type: ignore[union-attr]
-            )
+            raise RuntimeError(f"{getattr(function, '__name__', '')} is marked with @once_differentiable")
         seen.add(node)
         waiting.extend(following for following, _ in node.next_functions)

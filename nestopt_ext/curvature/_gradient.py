@@ -73,8 +73,8 @@ _NO_SECOND_DERIVATIVE = (
         "Give it one by register_autograd, with a backward of differentiable operations.",
     ),
     (
-        "WarnNotImplemented",
-        "an operator of torch.library without an Autograd kernel, whose derivative would be left out",
+        "autograd kernel was not registered",
+        "an operator registered without a derivative, which would be left out",
         "Give it, and what its backward calls, a formula by torch.library.register_autograd, or detach its result.",
     ),
     (
@@ -127,7 +127,7 @@ _NO_SECOND_DERIVATIVE = (
 #: Nodes of a graph of gradients that stand for a derivative which is not there, and what is raised for them.
 _ERROR_NODES = {
     "torch::autograd::Error": "trying to differentiate twice a function that was marked with @once_differentiable",
-    "torch::autograd::WarnNotImplemented": "WarnNotImplemented: no kernel was registered to the Autograd keys",
+    "torch::autograd::WarnNotImplemented": "an autograd kernel was not registered",
 }
 
 #: Nodes whose backward pass, differentiated in their first input, is wrong and not refused by PyTorch.
@@ -271,7 +271,7 @@ class Gradient:
         """``v`` times the derivative of the gradient in ``hparams``; None where the gradient does not depend on one."""
         return self._vjp(hparams, v)
 
-    def loss_uses(self, hparams: TensorList) -> bool:
+    def uses(self, hparams: TensorList) -> bool:
         """Whether any of ``hparams`` is in the graph of the loss itself."""
         with self._differentiating():
             grads = torch.autograd.grad(self._evaluation.loss, hparams, retain_graph=True, allow_unused=True)

@@ -82,4 +82,7 @@ class EmpiricalFisher(ModelCurvature):
             denominator: Tensor | int = (self._size or len(values)) if mean else 1
         else:
             denominator = known.denominator(outputs, targets) if self._total is None else self._total
-        return DiagonalLossHessian("empirical_fisher", values, torch.ones_like(values) / denominator)
+        entries = torch.ones_like(values) / denominator
+        if isinstance(denominator, Tensor):  # 0 where all targets are ignored, and so are their gradients
+            entries = torch.where(denominator == 0, 0.0, entries)
+        return DiagonalLossHessian("empirical_fisher", values, entries)

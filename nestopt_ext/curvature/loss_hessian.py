@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _functions, _lists
 from ._criteria import CrossEntropy, Elementwise, Targets, recognize
-from ._evaluation import check_scalar
+from ._evaluation import check_scalar, observe
 from ._gradient import _refuse_error_nodes, named_faults
 from ._vjp import vjps
 
@@ -205,8 +205,8 @@ class _DoubleBackward(LossHessian):
         self._caller = caller
         # A view of its own cuts off what else the loss may depend on, but not the outputs' own graph.
         self._outputs = outputs.view_as(outputs) if outputs.requires_grad else outputs.detach().requires_grad_()
-        with torch.enable_grad(), named_faults(caller, "criterion"):
-            loss = criterion(self._outputs, *targets)
+        with named_faults(caller, "criterion"):
+            loss = observe(lambda: criterion(self._outputs, *targets)).value
         check_scalar(caller, "criterion", loss)
         self._gradient = gradient_in_outputs(caller, "criterion", loss, self._outputs)
 

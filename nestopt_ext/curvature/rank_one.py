@@ -1,14 +1,22 @@
 """The outer product of a gradient with itself, in closed form."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from .. import _lists, _reference
+from .._distributed import average_, check_group
 from .._operator import LowRank
 from .._types import Loss, TensorList, Tensors
 from ._evaluation import evaluate
 from ._gradient import check_params, named_faults
 from ._operator import CurvatureOperator
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class RankOne(CurvatureOperator):
@@ -21,7 +29,8 @@ class RankOne(CurvatureOperator):
     ``loss`` is a scalar tensor with a graph, which stays alive, or a zero-argument closure that returns one, called
     once; ``params`` (Tensor, list, tuple or dict of float32, float64, bfloat16 or float16 tensors that require grad)
     are only read. One gradient is taken when the operator is made, and no graph is kept. Solvers find everything in
-    closed form here: a Neumann series of any length, and the damped inverse, cost one inner product.
+    closed form here: a Neumann series of any length, and the damped inverse, cost one inner product. With a
+    ``process_group`` g is the mean of the gradients of its ranks.
 
     Raises TypeError or ValueError for a bad ``loss`` or ``params``.
 
@@ -35,7 +44,8 @@ class RankOne(CurvatureOperator):
             [2., 1.]])
     """
 
-    def __init__(self, loss: Loss, params: Tensors) -> None:
+    def __init__(self, loss: Loss, params: Tensors, *, process_group: ProcessGroup | None = None) -> None:
+        check_group("RankOne", process_group)
         flat, structure = _lists.flatten("RankOne", "params", params)
         check_params("RankOne", "params", structure.labels("params"), flat)
         super().__init__(flat, structure)
@@ -47,7 +57,16 @@ class RankOne(CurvatureOperator):
                 f"RankOne: loss must depend on params; got a graph that none of the {len(flat)} tensors is in."
             )
         self._g = [torch.zeros_like(p) if g is None else g.detach() for p, g in zip(flat, grads, strict=True)]
+        if process_group is not None:
+            self._g = [g.clone() for g in self._g]
+            average_(self._g, process_group)
+        self._group = process_group
         self._square = self._dots([g.unsqueeze(0) for g in self._g])[0]
+
+    @property
+    def is_mean_over_examples(self) -> bool:
+        """False, since the square of a mean is not the mean of squares; True where g is the mean over the ranks."""
+        return self._group is not None
 
     def _dots(self, v: TensorList) -> Tensor:
         """The inner products of g with k lists, [k], in the widest dtype."""

@@ -1,9 +1,9 @@
-"""The inner problem of a hypergradient: its gradient, its curvature, and the response of its params to hparams."""
+"""The inner problem of a hypergradient: the equation its params solve, its curvature, and their response to hparams."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -11,14 +11,18 @@ from torch import Tensor
 from .. import _lists
 from .._distributed import average_, check_group
 from .._types import Loss, MatVec, TensorList, Tensors
-from ..curvature import all_reduced
 from ..curvature._gradient import Gradient, check_params
-from ..solvers import Solver
+from ..curvature.all_reduced import all_reduced
+from ..solvers import ConjugateGradient, Solver
 from ..solvers._product import Product
 from ..solvers._solve import check_solver, inverse_product
+from .fixed_point import FixedPointEquation, FixedPointMap
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+#: Solvers that are wrong, without a sign of it, where the matrix is not symmetric.
+_SYMMETRIC = (ConjugateGradient,)
 
 
 class Variables:
@@ -27,12 +31,12 @@ class Variables:
     def __init__(self, caller: str, params: Tensors, hparams: Tensors, *, all_hparams: bool) -> None:
         self.caller = caller
         self.params, self.structure = _lists.flatten(caller, "params", params)
-        self.hparams, self._hparam_structure = _lists.flatten(caller, "hparams", hparams)
+        self.hparams, self.hparam_structure = _lists.flatten(caller, "hparams", hparams)
         check_params(caller, "params", self.structure.labels("params"), self.params)
         self._check_hparams(all_hparams)
 
     def _check_hparams(self, all_of_them: bool) -> None:
-        labels = self._hparam_structure.labels("hparams")
+        labels = self.hparam_structure.labels("hparams")
         if not self.hparams:
             raise ValueError(f"{self.caller}: hparams must hold at least one tensor; got none.")
         _lists.check_floating(self.caller, labels, self.hparams)
@@ -50,13 +54,32 @@ class Variables:
                     raise ValueError(f"{self.caller}: {label} must not be one of params; got {other}.")
 
 
+class Equation(Protocol):
+    """F(params, hparams) = 0, which the params solve and so depend on the hparams: a derivative of F, from the left.
+
+    For a loss F is its gradient in params; for a fixed-point map Phi it is params - Phi.
+    """
+
+    def product(self, v: TensorList) -> TensorList:
+        """``v`` dF/dparams, a list like the params that shares no memory with ``v``."""
+        ...
+
+    def mixed(self, hparams: TensorList, v: TensorList) -> list[Tensor | None]:
+        """``v`` dF/dhparams; None where F does not depend on one."""
+        ...
+
+    def uses(self, hparams: TensorList) -> bool:
+        """Whether what was evaluated depends on any of ``hparams``."""
+        ...
+
+
 class InnerProblem:
-    """The inner loss, differentiated once, and a way to invert its curvature."""
+    """The inner problem, differentiated once, and a way to invert its curvature."""
 
     def __init__(
         self,
         variables: Variables,
-        inner_loss: Loss,
+        inner_loss: Loss | FixedPointMap,
         solver: Solver,
         curvature: MatVec | None,
         process_group: ProcessGroup | None,
@@ -71,24 +94,40 @@ class InnerProblem:
         self._solver = solver
         self._group = process_group
         self._curvature = curvature if curvature is None else self._mean_matvec(curvature)
-        self._gradient = Gradient(caller, "inner_loss", inner_loss, variables.params)
+        self._equation: Equation
+        if isinstance(inner_loss, FixedPointMap):
+            if curvature is not None:
+                raise ValueError(
+                    f"{caller}: curvature must be None with a FixedPointMap; got {_lists.value_name(curvature)}."
+                    " The matrix to invert is I - dPhi/dparams, which the map gives."
+                )
+            if isinstance(solver, _SYMMETRIC):
+                raise ValueError(
+                    f"{caller}: solver must not ask for a symmetric matrix with a FixedPointMap; got"
+                    f" {_lists.value_name(solver)}. Use Neumann(num_terms=..., alpha=1.0)."
+                )
+            self._equation = FixedPointEquation(caller, inner_loss, variables.params, variables.structure)
+            self._matrix = "FixedPointMap's I - dPhi/dparams"
+        else:
+            self._equation = Gradient(caller, "inner_loss", inner_loss, variables.params)
+            self._matrix = "inner_loss's Hessian"
 
     def uses(self, hparams: TensorList) -> bool:
-        """Whether the inner loss depends on any of ``hparams``."""
-        return self._gradient.loss_uses(hparams)
+        """Whether the inner problem depends on any of ``hparams``."""
+        return self._equation.uses(hparams)
 
     def response(self, v: Sequence[Tensor | None], hparams: TensorList) -> list[Tensor | None]:
-        """``v`` A^-1 d2L/dparams dhparams: the outer gradient ``v``, carried through the response of the params.
+        """``v`` A^-1 dF/dhparams: minus the outer gradient ``v``, carried through the response of the params.
 
-        The gradient in params is differentiated in ``hparams``, not the other way round, which costs the same for any
-        number of them. None stands for zeros.
+        F is differentiated in ``hparams`` (of a loss: the gradient in params, not the other way round), which costs the
+        same for any number of them. None stands for zeros.
         """
         if self._group is None and all(t is None for t in v):
             return [None] * len(hparams)
         caller = self._variables.caller
         right = [t.detach() for t in _filled(self.mean(v, self._variables.params), self._variables.params)]
         solved = inverse_product(caller, self._product(right), right, self._solver)
-        return self.mean(self._gradient.mixed(hparams, solved), hparams)
+        return self.mean(self._equation.mixed(hparams, solved), hparams)
 
     def mean(self, tensors: Sequence[Tensor | None], like: TensorList) -> list[Tensor | None]:
         """The mean over the process group, where there is one, with None for zeros; else ``tensors`` as they are."""
@@ -103,8 +142,8 @@ class InnerProblem:
         if self._curvature is not None:
             return Product(caller, self._curvature, self._variables.structure, v, name="curvature")
         _, structure = _lists.flatten(caller, "params", v)
-        hessian = self._mean_matvec(self._gradient.product)
-        return Product(caller, hessian, structure, v, name="inner_loss's Hessian")
+        matrix = self._mean_matvec(self._equation.product)
+        return Product(caller, matrix, structure, v, name=self._matrix)
 
     def _mean_matvec(self, matvec: MatVec) -> MatVec:
         return matvec if self._group is None else all_reduced(matvec, self._group)

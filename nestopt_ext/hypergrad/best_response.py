@@ -12,6 +12,7 @@ from .._types import Loss, MatVec, SameTensors, Tensors
 from ..curvature._evaluation import preserved_rng
 from ..solvers import Neumann, Solver
 from ._problem import InnerProblem, Variables
+from .fixed_point import FixedPointMap
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -20,7 +21,7 @@ _CALLER = "best_response"
 
 
 def best_response(
-    inner_loss: Loss,
+    inner_loss: Loss | FixedPointMap,
     params: SameTensors,
     hparams: Tensors,
     *,
@@ -37,7 +38,7 @@ def best_response(
     ``inner_loss`` is a scalar tensor with a graph, or a zero-argument closure that returns one; it is called once,
     here, and what it does to random state and to older tensors is undone. ``params`` are a Tensor, list, tuple or dict
     of tensors that require grad; of ``hparams`` at least one must, and they need not be leaves. ``solver`` and
-    ``curvature`` are as in :func:`hypergradient`.
+    ``curvature`` are as in :func:`hypergradient`, and so is a :class:`FixedPointMap` in place of ``inner_loss``.
 
     With a ``process_group`` the backward pass averages over its ranks as :func:`hypergradient` does, except for the
     direct part, which is the rank's own: average the ``.grad`` of the hparams afterwards, as for any data-parallel

@@ -13,6 +13,7 @@ from ..curvature._evaluation import evaluate, preserved_rng
 from ..curvature._gradient import named_faults
 from ..solvers import Neumann, Solver
 from ._problem import InnerProblem, Variables
+from .fixed_point import FixedPointMap
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 def hypergradient(
     outer_loss: Loss,
-    inner_loss: Loss,
+    inner_loss: Loss | FixedPointMap,
     params: Tensors,
     hparams: Tensors,
     *,
@@ -43,6 +44,9 @@ def hypergradient(
     of any number and size and need not be leaves. ``solver`` is :class:`Neumann` or :class:`Identity` with its options.
     ``curvature`` is None for the Hessian of ``inner_loss``, or any callable that returns A times tensors like
     ``params``.
+
+    In place of ``inner_loss`` a :class:`FixedPointMap` may stand, where the params solve w = Phi(w, lambda) instead of
+    minimizing a loss.
 
     Returns a tuple, one new tensor without graph for each of ``hparams`` in order; zeros for one that no loss uses.
     Nothing is modified: not the params, not any ``.grad``, and of what a closure does, random state on CPU and CUDA and
@@ -71,7 +75,7 @@ def hypergradient(
     caller = "hypergradient"
     variables = Variables(caller, params, hparams, all_hparams=True)
     with preserved_rng():
-        outer_grads, direct = _outer_gradients(caller, outer_loss, variables)
+        outer_grads, direct = outer_gradients(caller, outer_loss, variables)
         inner = InnerProblem(variables, inner_loss, solver, curvature, process_group)
         response = inner.response(outer_grads, variables.hparams)
         direct = inner.mean(direct, variables.hparams)
@@ -81,10 +85,10 @@ def hypergradient(
                 f"{caller}: hparams must be used by outer_loss or inner_loss; got {len(direct)} in neither graph."
                 " Compute the losses from these very tensors, not from copies or .data."
             )
-    return tuple(map(_difference, direct, response, variables.hparams))
+    return tuple(map(difference, direct, response, variables.hparams))
 
 
-def _outer_gradients(
+def outer_gradients(
     caller: str, outer_loss: Loss, variables: Variables
 ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
     """The gradients of the outer loss in params and in hparams, None where it uses none."""
@@ -98,7 +102,7 @@ def _outer_gradients(
     return grads[:size], grads[size:]
 
 
-def _difference(direct: Tensor | None, response: Tensor | None, like: Tensor) -> Tensor:
+def difference(direct: Tensor | None, response: Tensor | None, like: Tensor) -> Tensor:
     """The direct part less the response, in memory of its own; None stands for zero."""
     if response is not None:
         return response.detach().neg() if direct is None else direct.detach() - response.detach()
