@@ -1,6 +1,8 @@
 """Gradients of outer losses in hyperparameters."""
 
+from ._report import Direction, Finding, HypergradientReport
 from .best_response import best_response
+from .check import check_hypergradient
 from .fixed_point import FixedPointMap
 from .gradient_step import gradient_step
 from .hoag import HoagResult, HoagStep, hoag
@@ -8,10 +10,14 @@ from .hypergradient import hypergradient
 from .unrolled import unrolled
 
 __all__ = [
+    "Direction",
+    "Finding",
     "FixedPointMap",
     "HoagResult",
     "HoagStep",
+    "HypergradientReport",
     "best_response",
+    "check_hypergradient",
     "gradient_step",
     "hoag",
     "hypergradient",

@@ -41,7 +41,7 @@ class Flat:
 
     def unpack(self, vector: Tensor) -> TensorList:
         """New tensors like these."""
-        parts = vector.split([t.numel() for t in self.tensors])
+        parts = torch.split(vector, [t.numel() for t in self.tensors])
         return [p.reshape(t.shape).to(t.device, t.dtype, copy=True) for p, t in zip(parts, self.tensors, strict=True)]
 
     def values(self) -> Tensor:

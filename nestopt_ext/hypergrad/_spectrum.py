@@ -26,7 +26,12 @@ class Spectrum:
     values: Tensor
     vectors: Tensor
     weights: Tensor
-    is_dense: bool
+    #: Where it was written out.
+    matrix: Tensor | None = None
+
+    @property
+    def is_dense(self) -> bool:
+        return self.matrix is not None
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """``function`` of the matrix times v."""
@@ -57,13 +62,15 @@ def dense_matrix(matvec: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
 
 
 def dense_spectrum(matrix: Tensor, v: Tensor) -> Spectrum:
-    """From the symmetric part of ``matrix``."""
+    """From the symmetric part of ``matrix``; eigenvalues of NaN where it is not finite."""
+    if not bool(matrix.isfinite().all()):
+        return Spectrum(torch.full_like(v, float("nan")), matrix, v, matrix)
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    return Spectrum(values, vectors, vectors.T @ v, True)
+    return Spectrum(values, vectors, vectors.T @ v, matrix)
 
 
 def lanczos(matvec: Callable[[Tensor], Tensor], v: Tensor) -> Spectrum:
-    """Lanczos' method from v, every new vector made orthogonal to all before it, twice."""
+    """Lanczos' method from v, every new vector made orthogonal to all before it, twice; NaN as above."""
     most = max(2, min(_LANCZOS_STEPS, v.numel(), _LANCZOS_ELEMENTS // v.numel()))
     length = v.norm()
     basis = v.new_zeros((v.numel(), most))
@@ -87,6 +94,8 @@ def lanczos(matvec: Callable[[Tensor], Tensor], v: Tensor) -> Spectrum:
     if beside:
         off = torch.diag(torch.stack(beside), 1)
         matrix = matrix + off + off.T
+    if not bool(matrix.isfinite().all()):
+        return Spectrum(torch.full_like(matrix[0], float("nan")), basis[:, : len(matrix)], matrix[0])
     values, rotation = torch.linalg.eigh(matrix)
     vectors = basis[:, : len(values)] @ rotation
-    return Spectrum(values, vectors, rotation[0] * length, False)
+    return Spectrum(values, vectors, rotation[0] * length)
