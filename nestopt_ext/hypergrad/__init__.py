@@ -1,6 +1,8 @@
 """Gradients of outer losses in hyperparameters, and loops that use them."""
 
+from ._report import Direction, Finding, HypergradientReport
 from .best_response import best_response
+from .check import check_hypergradient
 from .fixed_point import FixedPointMap
 from .gradient_step import gradient_step
 from .hoag import HoagResult, HoagStep, hoag
@@ -10,12 +12,16 @@ from .unrolled import unrolled
 
 __all__ = [
     "BilevelLoop",
+    "Direction",
+    "Finding",
     "FixedPointMap",
     "HoagResult",
     "HoagStep",
+    "HypergradientReport",
     "LoopDiverged",
     "LoopRecord",
     "best_response",
+    "check_hypergradient",
     "gradient_step",
     "hoag",
     "hypergradient",
