@@ -1,5 +1,6 @@
 """The first gradient of a loss, kept with its graph: Hessian products and mixed products are its derivatives."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from .. import _lists
 from .._types import Loss, TensorList
 from ._evaluation import evaluate
+from ._replay import Replay
 
 #: What PyTorch says where it has no second derivative, what to call it, and the way out.
 _NO_SECOND_DERIVATIVE = (
@@ -123,17 +125,22 @@ class Gradient:
             )
         self._live = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
         self._grads = [grads[i] for i in self._live]
+        # Without self, a cycle through which would keep the graph alive.
+        self._products = Replay(functools.partial(_product, self._grads, self._live, params), params)
+
+    def expect(self, num_products: int) -> None:
+        """Says that so many products are about to come, which may be worth a preparation."""
+        self._products.expect(num_products)
 
     def product(self, v: TensorList) -> TensorList:
         """The Hessian times ``v``, a list like the params; shares no memory with ``v``."""
-        found = self._vjp(self._params, v)
-        return _lists.unshare(
-            [torch.zeros_like(p) if h is None else h for p, h in zip(self._params, found, strict=True)], v
-        )
+        with self._differentiating():
+            return self._products(v)
 
     def mixed(self, hparams: TensorList, v: TensorList) -> list[Tensor | None]:
         """``v`` times the derivative of the gradient in ``hparams``; None where the gradient does not depend on one."""
-        return self._vjp(hparams, v)
+        with self._differentiating():
+            return _vjp(self._grads, self._live, hparams, v)
 
     def loss_uses(self, hparams: TensorList) -> bool:
         """Whether any of ``hparams`` is in the graph of the loss itself."""
@@ -141,14 +148,21 @@ class Gradient:
             grads = torch.autograd.grad(self._evaluation.loss, hparams, retain_graph=True, allow_unused=True)
         return any(g is not None for g in grads)
 
-    def _vjp(self, inputs: TensorList, v: TensorList) -> list[Tensor | None]:
-        if not self._live:
-            return [None] * len(inputs)
-        cotangents = [v[i] for i in self._live]
-        with self._differentiating():
-            return list(torch.autograd.grad(self._grads, inputs, cotangents, retain_graph=True, allow_unused=True))
-
     @contextmanager
     def _differentiating(self) -> Iterator[None]:
         with self._evaluation.differentiating(), named_faults(self._caller, self._name):
             yield
+
+
+def _product(grads: TensorList, live: list[int], params: TensorList, v: TensorList) -> TensorList:
+    """The product by autograd."""
+    found = _vjp(grads, live, params, v)
+    return _lists.unshare([torch.zeros_like(p) if h is None else h for p, h in zip(params, found, strict=True)], v)
+
+
+def _vjp(grads: TensorList, live: list[int], inputs: TensorList, v: TensorList) -> list[Tensor | None]:
+    """``v`` times the derivative in ``inputs`` of those gradients that have one."""
+    if not live:
+        return [None] * len(inputs)
+    cotangents = [v[i] for i in live]
+    return list(torch.autograd.grad(grads, inputs, cotangents, retain_graph=True, allow_unused=True))

@@ -13,7 +13,7 @@ from .._distributed import average_, check_group
 from .._types import Loss, MatVec, TensorList, Tensors
 from ..curvature import all_reduced
 from ..curvature._gradient import Gradient, check_params
-from ..solvers import Solver
+from ..solvers import Neumann, Solver
 from ..solvers._product import Product
 from ..solvers._solve import check_solver, inverse_product
 
@@ -102,6 +102,8 @@ class InnerProblem:
         caller = self._variables.caller
         if self._curvature is not None:
             return Product(caller, self._curvature, self._variables.structure, v, name="curvature")
+        if isinstance(self._solver, Neumann):
+            self._gradient.expect(self._solver.num_terms)
         _, structure = _lists.flatten(caller, "params", v)
         hessian = self._mean_matvec(self._gradient.product)
         return Product(caller, hessian, structure, v, name="inner_loss's Hessian")
