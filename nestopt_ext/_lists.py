@@ -216,7 +216,9 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     for positions in by_device(tensors).values():
         group = [tensors[i].detach() for i in positions]
         norms = torch._foreach_norm(group, dtype=scalar_dtype(group[0].device))
-        parts.append(torch.linalg.vector_norm(torch.stack(list(norms))))
+        parts.append(torch.linalg.vector_norm(torch.stack(norms)))
+    if len(parts) == 1:
+        return parts[0]
     return _total([p.square() for p in parts]).sqrt()
 
 

@@ -3,9 +3,11 @@
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from .. import _lists
 from .._types import Loss, TensorList
@@ -93,16 +95,21 @@ def _refuse_error_nodes(grads: Sequence[Tensor]) -> None:
     Such a node has no edge to the params, so autograd would not visit it, and would leave out its part of the product
     in silence.
     """
-    waiting = [g.grad_fn for g in grads]
-    seen = set()
+    if any(node.name() == "torch::autograd::Error" for node in _nodes(grads)):
+        raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
+
+
+def _nodes(tensors: Sequence[Tensor]) -> set[Node]:
+    """The nodes of the graphs of ``tensors``."""
+    waiting = [t.grad_fn for t in tensors]
+    seen: set[Any] = {None}
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() == "torch::autograd::Error":
-            raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
-        seen.add(node)
-        waiting.extend(following for following, _ in node.next_functions)
+        if node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]  # type: ignore[union-attr]
+    seen.remove(None)
+    return seen
 
 
 class Gradient:
@@ -115,10 +122,13 @@ class Gradient:
         self._evaluation = evaluate(caller, name, loss)
         value = self._evaluation.loss
         with torch.enable_grad(), self._differentiating():
-            # A seed that requires grad makes every once_differentiable function leave its error node in the graph.
-            seed = torch.ones_like(value, requires_grad=True)
+            # A seed that requires grad makes every once_differentiable function leave its error node in the graph. Only
+            # functions written in Python are so marked, and without them the seed would only make the graph larger.
+            in_python = any(isinstance(n, torch.autograd.function.BackwardCFunction) for n in _nodes([value]))
+            seed = torch.ones_like(value, requires_grad=True) if in_python else None
             grads = torch.autograd.grad(value, params, seed, create_graph=True, allow_unused=True)
-            _refuse_error_nodes([g for g in grads if g is not None])
+            if in_python:
+                _refuse_error_nodes([g for g in grads if g is not None])
         if all(g is None for g in grads):
             raise ValueError(
                 f"{caller}: {name} must depend on params; got a graph that none of the {len(params)} tensors is in."

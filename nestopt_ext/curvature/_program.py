@@ -106,7 +106,7 @@ def _is_fit(func: Any) -> bool:
 
 
 def _are_plain(types: Sequence[type]) -> bool:
-    return all(t is Tensor or t is torch.nn.Parameter for t in types)
+    return not types or all(t is Tensor or t is torch.nn.Parameter for t in types)
 
 
 # ---- the recording as calls on values -------------------------------------------------------------------------------

@@ -110,6 +110,6 @@ def _agree(program: Program, probe: TensorList, expected: TensorList) -> bool:
     for tensor in program([torch.zeros_like(p) for p in probe]):
         if bool(tensor.any()):
             return False
-    here, there = (torch.cat([t.reshape(-1).double() for t in side]) for side in (program(probe), expected))
+    here, there = (torch.cat([t.reshape(-1) for t in side]) for side in (program(probe), expected))
     eps = max(torch.finfo(p.dtype).eps for p in probe)
     return bool(torch.linalg.vector_norm(here - there) <= _ROUNDING * eps * torch.linalg.vector_norm(there))
