@@ -51,6 +51,19 @@ _OUT: dict[int, Callable[..., Any]] = {
     id(_ADDCMUL): torch.addcmul,
 }
 
+#: What autograd does in place to what it has just made, as new values.
+_IN_PLACE: dict[int, Any] = {
+    id(f): g
+    for f, g in (
+        (_aten.add_.Tensor, _ADD),
+        (_aten.sub_.Tensor, _aten.sub.Tensor),
+        (_aten.mul_.Tensor, _MUL),
+        (_aten.mul_.Scalar, _MUL_NUMBER),
+        (_aten.div_.Tensor, _aten.div.Tensor),
+        (_aten.div_.Scalar, _aten.div.Scalar),
+        (_aten.neg_.default, _NEG),
+    )
+}
 #: Draws random numbers; gives a number, or a shape, that depends on values.
 _UNFIT = {torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
@@ -100,7 +113,9 @@ def _is_fit(func: Any) -> bool:
     """Whether an operator depends on its arguments alone and changes none of them."""
     known = _known.get(id(func))
     if known is None:
-        fit = isinstance(func, torch._ops.OpOverload) and not (func._schema.is_mutable or _UNFIT & set(func.tags))
+        fit = isinstance(func, torch._ops.OpOverload) and not (
+            (func._schema.is_mutable and id(func) not in _IN_PLACE) or _UNFIT & set(func.tags)
+        )
         known = _known[id(func)] = fit, func
     return known[0]
 
@@ -115,12 +130,13 @@ def _are_plain(types: Sequence[type]) -> bool:
 class _Value:
     """A tensor that depends on the inputs. ``like`` is the recorded one, ``memory`` what every replay writes."""
 
-    __slots__ = ("call", "like", "memory", "scale", "uses")
+    __slots__ = ("call", "like", "memory", "scale", "shared", "uses")
 
     def __init__(self, like: Tensor, call: _Call | None = None) -> None:
         self.like = like
         self.call = call
         self.uses = 0
+        self.shared = call is None or call.view  # whether another recorded tensor has the same memory
         self.memory: Tensor | None = None
         self.scale: tuple[_Value, Any] | None = None  # the value and the constant whose product this is
 
@@ -163,7 +179,15 @@ def _parsed(log: Sequence[Entry], inputs: TensorList) -> tuple[list[_Call], dict
         if kwargs:
             kwargs = {key: _replaced(arg, values, made, older, given) for key, arg in kwargs.items()}
         outs = result if isinstance(result, list | tuple) else [result]
-        if not given or id(func) in _ZEROS or id(func) in _ONES:
+        if id(func) in _IN_PLACE:
+            value = values.get(id(result))
+            if value is None or value.shared:
+                raise Unfit
+            call = _Call(_IN_PLACE[id(func)], args, kwargs, given)
+            value = values[id(result)] = _Value(result, call)
+            call.outs.append(value)
+            calls.append(call)
+        elif not given or id(func) in _ZEROS or id(func) in _ONES:
             made.update(map(id, outs))
             if id(func) in _ZEROS:
                 zeros.add(id(result))
@@ -171,8 +195,12 @@ def _parsed(log: Sequence[Entry], inputs: TensorList) -> tuple[list[_Call], dict
             func is _ADD and len(given) == 1 and not kwargs and _added_zero(args, given[0], result, zeros)
         ):
             values[id(result)] = given[0]
+            given[0].shared = True
         else:
             call = _Call(func, args, kwargs, given, view=func.is_view)
+            if call.view:
+                for value in given:
+                    value.shared = True
             for tensor in outs:
                 call.outs.append(None if tensor is None else _new_value(tensor, call, values))
             calls.append(call)
