@@ -23,7 +23,7 @@ from . import _inputs
 
 NUM_TERMS = (1, 5, 20, 100)
 ALPHA = 0.01
-LOG_DECAY = 1.0
+LOG_DECAY = 2.0  # with less the curvature of the CNN is indefinite
 # A series of 100 terms in float32 rounds several times per term; entries are compared in units of the largest one.
 TOLERANCE = 100.0
 
@@ -144,7 +144,8 @@ def _torchopt(problem: _Problem) -> Callable[[_Problem], Sequence[Tensor]]:
 
     # It asks for the names of the arguments, hence named functions.
     def stationary(params: Params, hparams: Params) -> Params:
-        return optimality(params, hparams)
+        found: Params = optimality(params, hparams)
+        return found
 
     def inner_solution(params: Params, hparams: Params) -> Params:
         return params

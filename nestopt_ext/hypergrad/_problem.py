@@ -12,6 +12,7 @@ from .. import _lists
 from .._distributed import average_, check_group
 from .._types import Loss, MatVec, TensorList, Tensors
 from ..curvature import all_reduced
+from ..curvature import CurvatureOperator
 from ..curvature._gradient import Gradient, check_params
 from ..solvers import Neumann, Solver
 from ..solvers._product import Product
@@ -105,11 +106,22 @@ class InnerProblem:
         if isinstance(self._solver, Neumann):
             self._gradient.expect(self._solver.num_terms)
         _, structure = _lists.flatten(caller, "params", v)
-        hessian = self._mean_matvec(self._gradient.product)
+        hessian = self._mean_matvec(_Hessian(self._gradient, self._variables.params, structure))
         return Product(caller, hessian, structure, v, name="inner_loss's Hessian")
 
     def _mean_matvec(self, matvec: MatVec) -> MatVec:
         return matvec if self._group is None else all_reduced(matvec, self._group)
+
+
+class _Hessian(CurvatureOperator):
+    """The Hessian of the inner loss on flat lists, which a solver need not check product by product."""
+
+    def __init__(self, gradient: Gradient, params: TensorList, structure: _lists.Structure) -> None:
+        super().__init__(params, structure)
+        self._gradient = gradient
+
+    def flat_product(self, v: TensorList) -> TensorList:
+        return self._gradient.product(v)
 
 
 def _filled(tensors: Sequence[Tensor | None], like: TensorList) -> TensorList:
