@@ -11,8 +11,7 @@ from torch import Tensor
 from .. import _lists
 from .._distributed import average_, check_group
 from .._types import Loss, MatVec, TensorList, Tensors
-from ..curvature import all_reduced
-from ..curvature import CurvatureOperator
+from ..curvature import CurvatureOperator, all_reduced
 from ..curvature._gradient import Gradient, check_params
 from ..solvers import Neumann, Solver
 from ..solvers._product import Product
