@@ -81,7 +81,7 @@ class Unfit(Exception):
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Lists the operators called while it is open with what they took and gave, until one cannot be replayed."""
+    """Lists the operators called while it is open with what they took and gave; stops where one cannot be replayed."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -90,19 +90,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, most_bytes: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.log: list[Entry] = []
-        self.fit = True
         self._room = most_bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if self.fit:
-            self.log.append((func, args, kwargs, result))
-            if isinstance(result, Tensor):
-                self._room -= result.numel() * result.element_size()
-            self.fit = self._room >= 0 and len(self.log) <= _MOST_CALLS and _is_fit(func) and _are_plain(types)
-            if not self.fit:
-                self.log.clear()  # what it holds may be large
+        self.log.append((func, args, kwargs, result))
+        if isinstance(result, Tensor):
+            self._room -= result.numel() * result.element_size()
+        if self._room < 0 or len(self.log) > _MOST_CALLS or not _is_fit(func) or not _are_plain(types):
+            self.log.clear()  # what it holds may be large
+            raise Unfit  # here, since the rest of the product would be in vain
         return result
 
 

@@ -96,8 +96,6 @@ def _record(product: Callable[[TensorList], TensorList], params: TensorList) -> 
     try:
         with recorder:
             expected = product(probe)
-        if not recorder.fit:
-            return None
         with torch.no_grad():
             program = compiled(recorder.log, probe, expected)
             return program if program.num_bytes <= _MOST_BYTES and _agree(program, probe, expected) else None
