@@ -1,5 +1,6 @@
 """The first gradient of a loss, kept with its graph: Hessian products and mixed products are its derivatives."""
 
+import functools
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from .. import _lists
 from .._types import Loss, TensorList
 from ._evaluation import evaluate
+from ._replay import Replay
 from ._vjp import vjp, vjps
 
 _ELEMENTARY = "Write that operation with elementary ones, or use a curvature that needs first derivatives only."
@@ -215,6 +217,14 @@ def _nodes(roots: Sequence[Node | None]) -> set[Node]:
     return seen
 
 
+def _is_foreign(node: Node) -> bool:
+    """Whether the node is of an operation that is not PyTorch's own: in Python, or in an extension."""
+    name = node.name()
+    return isinstance(node, torch.autograd.function.BackwardCFunction) or (
+        "::" in name and name != "torch::autograd::AccumulateGrad"
+    )
+
+
 class WrongNodes:
     """The nodes in the graph of a loss whose gradient PyTorch differentiates wrongly in their first input."""
 
@@ -239,10 +249,13 @@ class Gradient:
         self._evaluation = evaluate(caller, name, loss)
         value = self._evaluation.loss
         with torch.enable_grad(), self._differentiating():
-            # A seed that requires grad makes every once_differentiable function leave its error node in the graph.
-            seed = torch.ones_like(value, requires_grad=True)
+            # A seed that requires grad makes every once_differentiable function leave its error node in the graph. None
+            # of PyTorch's own operations is one, and the seed would only make the graph larger.
+            foreign = any(map(_is_foreign, _nodes([value.grad_fn])))
+            seed = torch.ones_like(value, requires_grad=True) if foreign else None
             grads = torch.autograd.grad(value, params, seed, create_graph=True, allow_unused=True)
-            _refuse_error_nodes([value, *(g for g in grads if g is not None)])
+            if foreign:
+                _refuse_error_nodes([value, *(g for g in grads if g is not None)])
         self._wrong_nodes = WrongNodes(value)
         if all(g is None for g in grads):
             raise ValueError(
@@ -250,14 +263,18 @@ class Gradient:
             )
         self._live = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
         self._grads = [grads[i] for i in self._live]
+        # Without self, a cycle through which would keep the graph alive.
+        self._replay = Replay(functools.partial(_product, self._grads, self._live, params), params)
+
+    def expect(self, num_products: int) -> None:
+        """Says that so many products are about to come, which may be worth a preparation."""
+        self._replay.expect(num_products)
 
     def product(self, v: TensorList) -> TensorList:
         """The Hessian times ``v``, a list like the params; shares no memory with ``v``."""
-        if not self._live:
-            return _lists.zeros_like(self._params)
         with self._differentiating():
             self._wrong_nodes.refuse(self._params)
-            return vjp(self._grads, self._params, [v[i] for i in self._live])
+            return self._replay(v)
 
     def products(self, v: TensorList) -> TensorList:
         """The Hessian times k lists, [k, *shape] for each param."""
@@ -269,7 +286,12 @@ class Gradient:
 
     def mixed(self, hparams: TensorList, v: TensorList) -> list[Tensor | None]:
         """``v`` times the derivative of the gradient in ``hparams``; None where the gradient does not depend on one."""
-        return self._vjp(hparams, v)
+        if not self._live:
+            return [None] * len(hparams)
+        cotangents = [v[i] for i in self._live]
+        with self._differentiating():
+            self._wrong_nodes.refuse(hparams)
+            return list(torch.autograd.grad(self._grads, hparams, cotangents, retain_graph=True, allow_unused=True))
 
     def uses(self, hparams: TensorList) -> bool:
         """Whether any of ``hparams`` is in the graph of the loss itself."""
@@ -277,15 +299,12 @@ class Gradient:
             grads = torch.autograd.grad(self._evaluation.loss, hparams, retain_graph=True, allow_unused=True)
         return any(g is not None for g in grads)
 
-    def _vjp(self, inputs: TensorList, v: TensorList) -> list[Tensor | None]:
-        if not self._live:
-            return [None] * len(inputs)
-        cotangents = [v[i] for i in self._live]
-        with self._differentiating():
-            self._wrong_nodes.refuse(inputs)
-            return list(torch.autograd.grad(self._grads, inputs, cotangents, retain_graph=True, allow_unused=True))
-
     @contextmanager
     def _differentiating(self) -> Iterator[None]:
         with self._evaluation.differentiating(), named_faults(self._caller, self._name):
             yield
+
+
+def _product(grads: TensorList, live: list[int], params: TensorList, v: TensorList) -> TensorList:
+    """The product by autograd, with those gradients that have a derivative."""
+    return vjp(grads, params, [v[i] for i in live]) if live else _lists.zeros_like(params)

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from .. import _lists
 from .._distributed import average_, check_group
+from .._operator import LinearOperator
 from .._types import Loss, MatVec, TensorList, Tensors
 from ..curvature import CurvatureOperator
 from ..curvature._gradient import Gradient, check_params
 from ..curvature.all_reduced import all_reduced
-from ..solvers import ConjugateGradient, Solver
+from ..solvers import ConjugateGradient, Nystrom, Solver, Woodbury
 from ..solvers._outcome import warn
 from ..solvers._product import Product
 from ..solvers._solve import Inverse, check_solver, invert
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 #: Solvers that are wrong, without a sign of it, where the matrix is not symmetric.
-_SYMMETRIC = (ConjugateGradient,)
+_SYMMETRIC = (ConjugateGradient, Nystrom, Woodbury)
 
 
 class Variables:
@@ -97,7 +98,9 @@ class InnerProblem:
         self._variables = variables
         self._solver = solver
         self._group = process_group
-        self._curvature = curvature if curvature is None else self._mean_matvec(curvature)
+        self._curvature = curvature
+        if curvature is not None and process_group is not None:
+            self._curvature = all_reduced(curvature, process_group)
         self._equation: Equation
         if isinstance(inner_loss, FixedPointMap):
             if curvature is not None:
@@ -108,7 +111,7 @@ class InnerProblem:
             if isinstance(solver, _SYMMETRIC):
                 raise ValueError(
                     f"{caller}: solver must not ask for a symmetric matrix with a FixedPointMap; got"
-                    f" {_lists.value_name(solver)}. Use Neumann(num_terms=..., alpha=1.0)."
+                    f" {_lists.value_name(solver)}. Use FixedPoint() or Neumann(num_terms=..., alpha=1.0)."
                 )
             self._equation = FixedPointEquation(caller, inner_loss, variables.params, variables.structure)
             self._matrix = "FixedPointMap's I - dPhi/dparams"
@@ -158,12 +161,35 @@ class InnerProblem:
         caller = self._variables.caller
         if self._curvature is not None:
             return Product(caller, self._curvature, self._variables.structure, v, name="curvature")
+        if isinstance(self._equation, Gradient):
+            self._equation.expect(getattr(self._solver, "num_terms", getattr(self._solver, "max_iters", 0)))
         _, structure = _lists.flatten(caller, "params", v)
-        matrix = self._mean_matvec(self._equation.product)
+        matrix = _Matrix(self._equation, self._variables.params, structure, self._group)
         return Product(caller, matrix, structure, v, name=self._matrix)
 
-    def _mean_matvec(self, matvec: MatVec) -> MatVec:
-        return matvec if self._group is None else all_reduced(matvec, self._group)
+
+class _Matrix(LinearOperator):
+    """The matrix of an equation on flat lists, averaged over the process group; its products need no checks."""
+
+    def __init__(
+        self, equation: Equation, params: TensorList, structure: _lists.Structure, group: ProcessGroup | None
+    ) -> None:
+        super().__init__(params, structure)
+        self._equation = equation
+        self._group = group
+
+    def flat_product(self, v: TensorList) -> TensorList:
+        return self._averaged(self._equation.product(v))
+
+    def flat_products(self, v: TensorList) -> TensorList:
+        if isinstance(self._equation, Gradient):
+            return self._averaged(self._equation.products(v))
+        return super().flat_products(v)
+
+    def _averaged(self, product: TensorList) -> TensorList:
+        if self._group is not None:
+            average_(product, self._group)
+        return product
 
 
 def _filled(tensors: Sequence[Tensor | None], like: TensorList) -> TensorList:

@@ -23,7 +23,13 @@ class Product:
     """
 
     def __init__(
-        self, caller: str, matvec: MatVec, structure: _lists.Structure, like: TensorList, *, name: str = "matvec"
+        self,
+        caller: str,
+        matvec: MatVec | LinearOperator,
+        structure: _lists.Structure,
+        like: TensorList,
+        *,
+        name: str = "matvec",
     ) -> None:
         if not callable(matvec) and not isinstance(matvec, LinearOperator):
             remedy = " Pass lambda v: A @ v." if isinstance(matvec, torch.Tensor) else ""
@@ -32,7 +38,7 @@ class Product:
         self.caller = caller
         self.like = like
         self._name = name
-        self._matvec = matvec
+        self._matvec: Any = matvec
         self._structure = structure
         self._dtypes = [t.dtype for t in like]
         self._narrow = any(t.dtype.itemsize == 2 for t in like)
