@@ -285,7 +285,7 @@ def test_ill_typed_checkpoint_is_refused_in_one_line_or_harmless(tmp_path, monke
     setting = dataclasses.replace(setting, steps=6)
     with contextlib.suppress(Interrupted):
         tune(setting, tmp_path, should_stop=StopAfter(stop))
-    state = checkpoint.load(tmp_path / "checkpoint.pt", 2)
+    state = checkpoint.load(tmp_path / "checkpoint.pt", 3)
     log, inputs, refused = (tmp_path / "log.jsonl").read_bytes(), load_inputs(setting), 0
     for path, wrong in changes(state):
         (tmp_path / "log.jsonl").write_bytes(log)
@@ -305,7 +305,7 @@ def test_ill_typed_checkpoint_is_refused_in_one_line_or_harmless(tmp_path, monke
 )
 def test_checkpoint_without_a_part_is_refused(tmp_path, whole, dropped):
     shutil.copytree(whole[1], tmp_path, dirs_exist_ok=True)
-    state = checkpoint.load(tmp_path / "checkpoint.pt", 2)
+    state = checkpoint.load(tmp_path / "checkpoint.pt", 3)
     torch.save({key: value for key, value in state.items() if key != dropped}, tmp_path / "checkpoint.pt")
     with pytest.raises(CheckpointError, match=r"checkpoint\.pt: "):
         tune(TINY, tmp_path, resume=True)

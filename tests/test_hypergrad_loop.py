@@ -319,7 +319,8 @@ def test_continued_run_is_the_same_bit_for_bit(tmp_path, own_generators, warm_st
     assert parts.loop.resume() and parts.loop.step_count == 7
     found += parts.loop.run(20 - parts.loop.step_count)
     assert untimed(found) == untimed(records)
-    assert bool(parts.loop.state_dict()["start"]) == warm_start and (whole.loop.num_diverged == 0) == warm_start
+    assert bool(parts.loop.state_dict()["start"]) == warm_start
+    assert warm_start or whole.loop.num_diverged > 0
     assert_same_run(whole, parts, folder_a, folder_b)
     assert [line["step"] for line in lines(folder_b / "log.jsonl")] == list(range(1, 21))
 

@@ -36,7 +36,7 @@ from .training import Training, TrainingDiverged
 
 #: Logarithms of the global decays that random search draws from.
 SEARCH_RANGE = (-12.0, -1.0)
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
 #: Seconds of training between checkpoints; an interrupt writes one at once.
 _CHECKPOINT_SECONDS = 10.0
 
@@ -265,7 +265,7 @@ class _Run:
         self._save(None)
 
     def _no_decay(self) -> MethodResult:
-        training = self._training(FixedDecay(None))
+        training = self._training(FixedDecay(None, self.inputs.device))
         self._train(NO_DECAY, training, NO_DECAY)
         return _result(NO_DECAY, 0, training)
 
@@ -297,7 +297,7 @@ class _Run:
         return self._best_trial()
 
     def _trial(self, number: int, log_decay: float) -> None:
-        training = self._training(FixedDecay(log_decay))
+        training = self._training(FixedDecay(log_decay, self.inputs.device))
         loss: float | None = None
         try:
             self._train(f"{GLOBAL_DECAY}/{number}", training, None)
@@ -337,7 +337,7 @@ class _Run:
             return MethodResult(REFIT, 1, skipped="there is no global decay to train with")
         train, valid = self.split.train, self.split.valid
         both = Part(torch.cat([train.x, valid.x]), torch.cat([train.y, valid.y]))
-        training = self._training(FixedDecay(found.log_decay), inner_part=both)
+        training = self._training(FixedDecay(found.log_decay, self.inputs.device), inner_part=both)
         self._train(REFIT, training, REFIT)
         return _result(REFIT, 1, training, log_decay=found.log_decay)
 
