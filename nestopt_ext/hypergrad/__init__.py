@@ -3,6 +3,7 @@
 from ._report import Direction, Finding, HypergradientReport
 from .best_response import best_response
 from .check import check_hypergradient
+from .cost import Cost, estimate_cost
 from .fixed_point import FixedPointMap
 from .gradient_step import gradient_step
 from .hoag import HoagResult, HoagStep, hoag
@@ -10,6 +11,7 @@ from .hypergradient import hypergradient
 from .unrolled import unrolled
 
 __all__ = [
+    "Cost",
     "Direction",
     "Finding",
     "FixedPointMap",
@@ -18,6 +20,7 @@ __all__ = [
     "HypergradientReport",
     "best_response",
     "check_hypergradient",
+    "estimate_cost",
     "gradient_step",
     "hoag",
     "hypergradient",
