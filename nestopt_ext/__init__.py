@@ -5,7 +5,8 @@ Products       hvp, ggnvp, loss_hessian
 Curvature      Hessian, GaussNewton, EmpiricalFisher, RankOne, KFAC, Diagonal; OverBatches, all_reduced
 Inverses       neumann_ihvp, cg_ihvp, solve; Neumann, ConjugateGradient, Identity, Exact, FixedPoint, Nystrom, Woodbury;
                Solution, Status
-Hypergradients hypergradient, best_response
+Hypergradients hypergradient, best_response, FixedPointMap; unrolled, gradient_step; hoag, BilevelLoop;
+               check_hypergradient, estimate_cost
 Games          games
 This build     native_status, build_info
 """
@@ -27,7 +28,17 @@ from .curvature import (
     hvp,
     loss_hessian,
 )
-from .hypergrad import best_response, hypergradient
+from .hypergrad import (
+    BilevelLoop,
+    FixedPointMap,
+    best_response,
+    check_hypergradient,
+    estimate_cost,
+    gradient_step,
+    hoag,
+    hypergradient,
+    unrolled,
+)
 from .optim import ComplexAdam, ComplexSGD, ExtraAdam, ExtraSGD, OptimisticAdam, OptimisticSGD, effective_lr
 from .solvers import (
     ConjugateGradient,
@@ -46,6 +57,7 @@ from .solvers import (
 
 __all__ = [
     "KFAC",
+    "BilevelLoop",
     "ComplexAdam",
     "ComplexSGD",
     "ConjugateGradient",
@@ -55,6 +67,7 @@ __all__ = [
     "ExtraAdam",
     "ExtraSGD",
     "FixedPoint",
+    "FixedPointMap",
     "GaussNewton",
     "Hessian",
     "Identity",
@@ -72,13 +85,18 @@ __all__ = [
     "best_response",
     "build_info",
     "cg_ihvp",
+    "check_hypergradient",
     "effective_lr",
+    "estimate_cost",
     "games",
     "ggnvp",
+    "gradient_step",
+    "hoag",
     "hvp",
     "hypergradient",
     "loss_hessian",
     "native_status",
     "neumann_ihvp",
     "solve",
+    "unrolled",
 ]

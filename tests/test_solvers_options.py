@@ -22,8 +22,8 @@ from nestopt_ext.solvers import (
     neumann_ihvp,
     solve,
 )
-from nestopt_ext.solvers._product import Product
 from nestopt_ext.solvers._outcome import warn
+from nestopt_ext.solvers._product import Product
 from nestopt_ext.solvers._solve import invert
 
 A = spd(1, 12, 20.0)

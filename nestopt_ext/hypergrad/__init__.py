@@ -3,6 +3,7 @@
 from ._report import Direction, Finding, HypergradientReport
 from .best_response import best_response
 from .check import check_hypergradient
+from .cost import Cost, estimate_cost
 from .fixed_point import FixedPointMap
 from .gradient_step import gradient_step
 from .hoag import HoagResult, HoagStep, hoag
@@ -12,6 +13,7 @@ from .unrolled import unrolled
 
 __all__ = [
     "BilevelLoop",
+    "Cost",
     "Direction",
     "Finding",
     "FixedPointMap",
@@ -22,6 +24,7 @@ __all__ = [
     "LoopRecord",
     "best_response",
     "check_hypergradient",
+    "estimate_cost",
     "gradient_step",
     "hoag",
     "hypergradient",

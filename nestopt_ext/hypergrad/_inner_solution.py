@@ -19,6 +19,9 @@ from ._spectrum import DENSE_ELEMENTS, dense_matrix, lanczos, pseudo_inverse
 _MOST_STEPS = 60
 _MOST_HALVINGS = 12
 
+#: Of a Newton step, the error of which the next step corrects.
+_LANCZOS_TOLERANCE = 1e-4
+
 
 class Flat:
     """A list of tensors as one vector in the widest dtype of its device, and back."""
@@ -135,7 +138,7 @@ class InnerSolver:
     def _step(self, point: Tensor, gradient: Tensor) -> Tensor:
         """The Newton step, downhill along directions of negative curvature too."""
         if gradient.numel() > DENSE_ELEMENTS:
-            spectrum = lanczos(self._product(point), gradient)
+            spectrum = lanczos(self._product(point), gradient, _LANCZOS_TOLERANCE)
             return spectrum.apply(lambda values: pseudo_inverse(values.abs(), self._cutoff))
         if self._eigen is None:
             matrix = dense_matrix(self._product(point), gradient)

@@ -13,6 +13,7 @@ DENSE_ELEMENTS = 2000
 
 _LANCZOS_STEPS = 200
 _LANCZOS_ELEMENTS = 2**27
+_LOOK_EVERY = 10
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,11 @@ def dense_spectrum(matrix: Tensor, v: Tensor) -> Spectrum:
     return Spectrum(values, vectors, vectors.T @ v, matrix)
 
 
-def lanczos(matvec: Callable[[Tensor], Tensor], v: Tensor) -> Spectrum:
-    """Lanczos' method from v, every new vector made orthogonal to all before it, twice; NaN as above."""
+def lanczos(matvec: Callable[[Tensor], Tensor], v: Tensor, tolerance: float = 1e-12) -> Spectrum:
+    """Lanczos' method from v, every new vector made orthogonal to all before it, twice; NaN as above.
+
+    Ends where the space solves A x = v with a residual of ``tolerance`` times v, looked at now and then.
+    """
     most = max(2, min(_LANCZOS_STEPS, v.numel(), _LANCZOS_ELEMENTS // v.numel()))
     length = v.norm()
     basis = v.new_zeros((v.numel(), most))
@@ -88,14 +92,30 @@ def lanczos(matvec: Callable[[Tensor], Tensor], v: Tensor) -> Spectrum:
         scale = torch.stack(diagonal).abs().max()
         if j + 1 == most or not size > 1e-14 * scale:  # the space is invariant, or something is not finite
             break
+        if j % _LOOK_EVERY == _LOOK_EVERY - 1 and _residual(_tridiagonal(diagonal, beside), size) <= tolerance:
+            break
         beside.append(size)
         direction = product / size
-    matrix = torch.diag(torch.stack(diagonal))
-    if beside:
-        off = torch.diag(torch.stack(beside), 1)
-        matrix = matrix + off + off.T
+    matrix = _tridiagonal(diagonal, beside)
     if not bool(matrix.isfinite().all()):
         return Spectrum(torch.full_like(matrix[0], float("nan")), basis[:, : len(matrix)], matrix[0])
     values, rotation = torch.linalg.eigh(matrix)
     vectors = basis[:, : len(values)] @ rotation
     return Spectrum(values, vectors, rotation[0] * length)
+
+
+def _tridiagonal(diagonal: list[Tensor], beside: list[Tensor]) -> Tensor:
+    matrix = torch.diag(torch.stack(diagonal))
+    if beside:
+        off = torch.diag(torch.stack(beside), 1)
+        matrix = matrix + off + off.T
+    return matrix
+
+
+def _residual(matrix: Tensor, size: Tensor) -> float:
+    """Of the solution in the space, relative to v; infinite where there is none."""
+    unit = torch.zeros_like(matrix[0])
+    unit[0] = 1
+    solution, singular = torch.linalg.solve_ex(matrix, unit)
+    found = float(size * solution[-1].abs())
+    return found if found == found and not int(singular) else float("inf")

@@ -173,7 +173,7 @@ class _Check:
                 inner_error = _relative(exact, at_best) if best.found else math.nan
                 if best.found:
                     table = self._finite_differences(directions, method, exact, best, step)
-            findings += self._comparisons(best, at_best, inner_error, directions, table, step)
+                findings += self._comparisons(best, at_best, inner_error, directions, table, step)
         else:
             wrong = ", ".join(name for name, good in sources.items() if not good)
             text = f"NaN or Inf in {wrong}. Look for a log or division at zero, or an overflow, in the first of these."
