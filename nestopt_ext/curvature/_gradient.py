@@ -1,6 +1,7 @@
 """The first gradient of a loss, kept with its graph: Hessian products and mixed products are its derivatives."""
 
 import functools
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -135,6 +136,9 @@ _ERROR_NODES = {
 #: Nodes whose backward pass, differentiated in their first input, is wrong and not refused by PyTorch.
 _WRONG_NODES = ("WeightNormInterfaceBackward",)
 
+#: The types of nodes of PyTorch's own operations.
+_OWN_NODE = re.compile(r"[A-Z]\w*Backward\d+|AccumulateGrad|CopySlices")
+
 
 @contextmanager
 def named_faults(caller: str, name: str) -> Iterator[None]:
@@ -207,29 +211,28 @@ def _refuse_error_nodes(tensors: Sequence[Tensor]) -> None:
 
 def _nodes(roots: Sequence[Node | None]) -> set[Node]:
     """All nodes of the graphs of ``roots``."""
-    waiting = list(roots)
-    seen: set[Node] = set()
+    seen = {root for root in roots if root is not None}
+    waiting = list(seen)
     while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting.extend(following for following, _ in node.next_functions)
+        for node, _ in waiting.pop().next_functions:
+            if node is not None and node not in seen:
+                seen.add(node)
+                waiting.append(node)
     return seen
 
 
-def _is_foreign(node: Node) -> bool:
-    """Whether the node is of an operation that is not PyTorch's own: in Python, or in an extension."""
-    name = node.name()
-    return isinstance(node, torch.autograd.function.BackwardCFunction) or (
-        "::" in name and name != "torch::autograd::AccumulateGrad"
-    )
+def _is_foreign(kind: type) -> bool:
+    """Whether nodes of this type are of an operation that is not PyTorch's own: in Python, or in an extension."""
+    if issubclass(kind, torch.autograd.function.BackwardCFunction):
+        return True
+    return _OWN_NODE.fullmatch(kind.__name__) is None
 
 
 class WrongNodes:
     """The nodes in the graph of a loss whose gradient PyTorch differentiates wrongly in their first input."""
 
-    def __init__(self, loss: Tensor) -> None:
-        self._found = [node for node in _nodes([loss.grad_fn]) if node.name().startswith(_WRONG_NODES)]
+    def __init__(self, nodes: set[Node]) -> None:
+        self._found = [node for node in nodes if type(node).__name__.startswith(_WRONG_NODES)]
 
     def refuse(self, inputs: TensorList) -> None:
         """Raises where the gradient is about to be differentiated in tensors that such a first input depends on."""
@@ -251,12 +254,13 @@ class Gradient:
         with torch.enable_grad(), self._differentiating():
             # A seed that requires grad makes every once_differentiable function leave its error node in the graph. None
             # of PyTorch's own operations is one, and the seed would only make the graph larger.
-            foreign = any(map(_is_foreign, _nodes([value.grad_fn])))
+            nodes = _nodes([value.grad_fn])
+            foreign = any(map(_is_foreign, set(map(type, nodes))))
             seed = torch.ones_like(value, requires_grad=True) if foreign else None
             grads = torch.autograd.grad(value, params, seed, create_graph=True, allow_unused=True)
             if foreign:
                 _refuse_error_nodes([value, *(g for g in grads if g is not None)])
-        self._wrong_nodes = WrongNodes(value)
+        self._wrong_nodes = WrongNodes(nodes)
         if all(g is None for g in grads):
             raise ValueError(
                 f"{caller}: {name} must depend on params; got a graph that none of the {len(params)} tensors is in."
