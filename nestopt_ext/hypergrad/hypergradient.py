@@ -44,9 +44,9 @@ def hypergradient(
     Losses are scalar tensors with a graph, computed from the params as they are now, whose graphs stay alive, or
     zero-argument closures that return one, each called once; both give the same numbers. ``params`` and ``hparams`` are
     a Tensor, list, tuple or dict of float32, float64, bfloat16 or float16 tensors that require grad; ``hparams`` may be
-    of any number and size and need not be leaves. ``solver`` is :class:`Neumann` or :class:`Identity` with its options.
-    ``curvature`` is None for the Hessian of ``inner_loss``, or any callable that returns A times tensors like
-    ``params``.
+    of any number and size and need not be leaves. ``solver`` is one of ``nestopt_ext.solvers`` with its options.
+    ``curvature`` is None for the Hessian of ``inner_loss``, a curvature operator on the same params in any order, or
+    any callable that returns A times tensors like ``params``.
 
     In place of ``inner_loss`` a :class:`FixedPointMap` may stand, where the params solve w = Phi(w, lambda) instead of
     minimizing a loss.
