@@ -11,8 +11,10 @@ Games          games
 This build     native_status, build_info
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import _ops as _ops
-from . import games as games
 from ._library import build_info, native_status
 from ._version import __version__
 from .curvature import (
@@ -54,6 +56,9 @@ from .solvers import (
     neumann_ihvp,
     solve,
 )
+
+if TYPE_CHECKING:
+    from . import games as games
 
 __all__ = [
     "KFAC",
@@ -100,3 +105,10 @@ __all__ = [
     "solve",
     "unrolled",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # A room of its own, which most users never enter.
+    if name == "games":
+        return importlib.import_module(f"{__name__}.games")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -241,7 +241,7 @@ def bad_calls():
         "conjugate gradients": (
             {**good, "solver": ConjugateGradient()},
             ValueError,
-            r"ask for a symmetric matrix with a FixedPointMap; got ConjugateGradient\. Use FixedPoint\(\) or Neumann",
+            r"solver must not ask for a symmetric matrix with a FixedPointMap; got ConjugateGradient\. Use Fixed",
         ),
         "None": ({**good, "inner_loss": FixedPointMap(None)}, TypeError, "FixedPointMap.step must be a Tensor, or a"),
         "returns None": (
