@@ -1,43 +1,114 @@
 """Nested (bilevel) optimization for PyTorch: one set of parameters optimized inside the objective of another.
 
 Optimizers     ComplexSGD, ComplexAdam, effective_lr; ExtraSGD, ExtraAdam, OptimisticSGD, OptimisticAdam
-Products       hvp
-Curvature      Hessian
-Inverses       neumann_ihvp, solve; Neumann, Identity; Solution, Status
-Hypergradients hypergradient, best_response
+Products       hvp, ggnvp, loss_hessian
+Curvature      Hessian, GaussNewton, EmpiricalFisher, RankOne, KFAC, Diagonal; OverBatches, all_reduced
+Inverses       neumann_ihvp, cg_ihvp, solve; Neumann, ConjugateGradient, Identity, Exact, FixedPoint, Nystrom, Woodbury;
+               Solution, Status
+Hypergradients hypergradient, best_response, FixedPointMap; unrolled, gradient_step; hoag, BilevelLoop;
+               check_hypergradient, estimate_cost
 Games          games
 This build     native_status, build_info
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import _ops as _ops
-from . import games as games
 from ._library import build_info, native_status
 from ._version import __version__
-from .curvature import Hessian, hvp
-from .hypergrad import best_response, hypergradient
+from .curvature import (
+    KFAC,
+    Diagonal,
+    EmpiricalFisher,
+    GaussNewton,
+    Hessian,
+    OverBatches,
+    RankOne,
+    all_reduced,
+    ggnvp,
+    hvp,
+    loss_hessian,
+)
+from .hypergrad import (
+    BilevelLoop,
+    FixedPointMap,
+    best_response,
+    check_hypergradient,
+    estimate_cost,
+    gradient_step,
+    hoag,
+    hypergradient,
+    unrolled,
+)
 from .optim import ComplexAdam, ComplexSGD, ExtraAdam, ExtraSGD, OptimisticAdam, OptimisticSGD, effective_lr
-from .solvers import Identity, Neumann, Solution, Status, neumann_ihvp, solve
+from .solvers import (
+    ConjugateGradient,
+    Exact,
+    FixedPoint,
+    Identity,
+    Neumann,
+    Nystrom,
+    Solution,
+    Status,
+    Woodbury,
+    cg_ihvp,
+    neumann_ihvp,
+    solve,
+)
+
+if TYPE_CHECKING:
+    from . import games as games
 
 __all__ = [
+    "KFAC",
+    "BilevelLoop",
     "ComplexAdam",
     "ComplexSGD",
+    "ConjugateGradient",
+    "Diagonal",
+    "EmpiricalFisher",
+    "Exact",
     "ExtraAdam",
     "ExtraSGD",
+    "FixedPoint",
+    "FixedPointMap",
+    "GaussNewton",
     "Hessian",
     "Identity",
     "Neumann",
+    "Nystrom",
     "OptimisticAdam",
     "OptimisticSGD",
+    "OverBatches",
+    "RankOne",
     "Solution",
     "Status",
+    "Woodbury",
     "__version__",
+    "all_reduced",
     "best_response",
     "build_info",
+    "cg_ihvp",
+    "check_hypergradient",
     "effective_lr",
+    "estimate_cost",
     "games",
+    "ggnvp",
+    "gradient_step",
+    "hoag",
     "hvp",
     "hypergradient",
+    "loss_hessian",
     "native_status",
     "neumann_ihvp",
     "solve",
+    "unrolled",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # A room of its own, which most users never enter.
+    if name == "games":
+        return importlib.import_module(f"{__name__}.games")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -67,20 +67,27 @@ def holds_its_elements(t: Tensor) -> bool:
     return t.numel() == 0 or t.storage_offset() * t.element_size() + _extent(t) <= t.untyped_storage().nbytes()
 
 
+def _labelled(name: str, tensors: Tensor | Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+    """The tensors of an argument with their names in messages; of a list, or of one tensor."""
+    if isinstance(tensors, list | tuple):
+        return [(f"{name}[{i}]", t) for i, t in enumerate(tensors)]
+    return [(name, tensors)]  # type: ignore[list-item]
+
+
 class ListCheck:
-    """Checks one call of one op: lists of tensors against a leading list, then memory across all of them."""
+    """Checks one call of one op: lists of tensors, or single ones, against a leading one, then memory across all."""
 
     def __init__(self, op: str) -> None:
         self.op = op
         self._items: list[tuple[str, Tensor, bool]] = []  # label, tensor, whether it is written
         self._finite: list[tuple[str, Tensor]] = []
 
-    def leading(self, name: str, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype] = FLOATING) -> None:
-        """The list that fixes count, shapes and device; it is written to."""
-        device = tensors[0].device if tensors else None
-        for i, t in enumerate(tensors):
-            label = f"{name}[{i}]"
+    def leading(self, name: str, tensors: Tensor | Sequence[Tensor], dtypes: Sequence[torch.dtype] = FLOATING) -> None:
+        """The list, or the one tensor, that fixes count, shapes and device; it is written to."""
+        labelled = _labelled(name, tensors)
+        for label, t in labelled:
             self._strided(label, t)
+            device = labelled[0][1].device
             if t.dtype not in dtypes:
                 raise TypeError(f"{self.op}: {label} must be {_either(dtypes)}; got {_name(t.dtype)}.")
             if t.device != device:
@@ -93,18 +100,19 @@ class ListCheck:
     def following(
         self,
         name: str,
-        tensors: Sequence[Tensor],
-        like: tuple[str, Sequence[Tensor]],
+        tensors: Tensor | Sequence[Tensor],
+        like: tuple[str, Tensor | Sequence[Tensor]],
         dtypes: Mapping[torch.dtype, tuple[torch.dtype, ...]],
         *,
         written: bool,
     ) -> None:
-        """A list that follows the leading one; ``dtypes`` maps the leading dtype to those allowed here."""
-        leader, leaders = like
-        if len(tensors) != len(leaders):
-            raise ValueError(f"{self.op}: {name} must have the length of {leader}, {len(leaders)}; got {len(tensors)}.")
-        for i, (t, lead) in enumerate(zip(tensors, leaders, strict=True)):
-            label, other = f"{name}[{i}]", f"{leader}[{i}]"
+        """What follows the leading list or tensor; ``dtypes`` maps the leading dtype to those allowed here."""
+        labelled, leaders = _labelled(name, tensors), _labelled(*like)
+        if len(labelled) != len(leaders):
+            raise ValueError(
+                f"{self.op}: {name} must have the length of {like[0]}, {len(leaders)}; got {len(labelled)}."
+            )
+        for (label, t), (other, lead) in zip(labelled, leaders, strict=True):
             self._strided(label, t)
             if t.device != lead.device:
                 raise ValueError(f"{self.op}: {label} must be on {lead.device}, the device of {other}; got {t.device}.")
@@ -138,6 +146,26 @@ class ListCheck:
             )
         if tensors:
             self.following(name, tensors, like, dtypes, written=True)
+
+    def rank(self, name: str, t: Tensor, dims: int, meaning: str) -> None:
+        """``t`` has this number of dimensions, which mean something."""
+        if t.dim() != dims:
+            raise ValueError(f"{self.op}: {name} must have {dims} dimensions, {meaning}; got shape {_shape(t)}.")
+
+    def row_numbers(self, name: str, t: Tensor, like: tuple[str, Tensor]) -> None:
+        """A number, float32 or float64, for each row of the leading tensor; only read."""
+        leader, lead = like
+        self._strided(name, t)
+        if t.dtype not in REAL:
+            raise TypeError(f"{self.op}: {name} must be {_either(REAL)}; got {_name(t.dtype)}.")
+        if t.device != lead.device:
+            raise ValueError(f"{self.op}: {name} must be on {lead.device}, the device of {leader}; got {t.device}.")
+        if t.shape != lead.shape[:1]:
+            raise ValueError(
+                f"{self.op}: {name} must have a number for each row of {leader}, shape ({lead.shape[0]},);"
+                f" got {_shape(t)}."
+            )
+        self._items.append((name, t, False))
 
     def scalars(self, name: str, tensors: Sequence[Tensor], like: tuple[str, Sequence[Tensor]]) -> None:
         """A written list of one number, float32 or float64, beside each tensor of the leading list."""

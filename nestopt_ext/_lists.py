@@ -4,6 +4,7 @@ Every public function accepts a Tensor, a list, a tuple or a dict of tensors (an
 iterable such as ``model.parameters()``), works on a flat list, and packs what it returns the way it came.
 """
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,9 @@ class Structure:
         List and tuple count as one kind, because ``torch.autograd.grad`` turns every sequence into a tuple.
         ``returned`` says that ``value`` is what a caller's function returned, not an argument.
         """
+        alike = self._alike(value)
+        if alike is not None:
+            return alike
         flat, structure = flatten(caller, name, value)
         if self.single != structure.single:
             wanted = "a Tensor" if self.single else "a sequence or dict of tensors"
@@ -73,30 +77,49 @@ class Structure:
             raise ValueError(f"{caller}: {name} must have {len(self.suffixes)} tensors; got {len(flat)}.")
         return flat
 
+    def _alike(self, value: object) -> TensorList | None:
+        """The tensors of a value of the plainest kind, without making words for a message."""
+        if self.single:
+            return [value] if isinstance(value, Tensor) else None
+        if self.keys is not None:
+            found = list(value.values()) if type(value) is dict and tuple(value) == self.keys else None
+        else:
+            plain = isinstance(value, list | tuple) and len(value) == len(self.suffixes)
+            found = list(value) if plain else None  # type: ignore[call-overload]
+        return found if found is not None and all(isinstance(t, Tensor) for t in found) else None
+
 
 def flatten(caller: str, name: str, tensors: object) -> tuple[TensorList, Structure]:
     """The tensors as a list, with the structure that packs them again; TypeError for anything that is not tensors."""
     if isinstance(tensors, Tensor):
         return [tensors], Structure(("",), None, True, lambda flat: flat[0])
-    if isinstance(tensors, torch.nn.ParameterDict):
-        tensors = dict(tensors.items())
-    if isinstance(tensors, Mapping):
+    if isinstance(tensors, list | tuple):  # first, since the checks of the rest take longer
+        flat = list(tensors)
+        structure = Structure(_positions(len(flat)), None, False, _pack_sequence(tensors))
+    elif isinstance(tensors, torch.nn.ParameterDict):
+        return flatten(caller, name, dict(tensors.items()))
+    elif isinstance(tensors, Mapping):
         keys = tuple(tensors)
         structure = Structure(tuple(f"[{key!r}]" for key in keys), keys, False, _pack_mapping(tensors, keys))
         flat = list(tensors.values())
     elif isinstance(tensors, Iterable) and not isinstance(tensors, str | bytes):
         flat = list(tensors)
-        structure = Structure(tuple(f"[{i}]" for i in range(len(flat))), None, False, _pack_sequence(tensors))
+        structure = Structure(_positions(len(flat)), None, False, _pack_sequence(tensors))
     else:
         remedy = (
             " Pass its parameters: dict(module.named_parameters())." if isinstance(tensors, torch.nn.Module) else ""
         )
         got = value_name(tensors)
         raise TypeError(f"{caller}: {name} must be a Tensor, or a list, tuple or dict of tensors; got {got}.{remedy}")
-    for label, tensor in zip(structure.labels(name), flat, strict=True):
+    for suffix, tensor in zip(structure.suffixes, flat, strict=True):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{caller}: {label} must be a Tensor; got {value_name(tensor)}.")
+            raise TypeError(f"{caller}: {name}{suffix} must be a Tensor; got {value_name(tensor)}.")
     return flat, structure
+
+
+@functools.lru_cache
+def _positions(count: int) -> tuple[str, ...]:
+    return tuple(f"[{i}]" for i in range(count))
 
 
 def _pack_mapping(like: Mapping[str, Tensor], keys: tuple[str, ...]) -> Callable[[Sequence[Tensor]], Any]:
@@ -140,6 +163,14 @@ def check_like(caller: str, labels: Sequence[str], tensors: Sequence[Tensor], li
             raise ValueError(f"{caller}: {label} must be on {other.device}; got {tensor.device}.")
 
 
+def all_like(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> bool:
+    """Whether :func:`check_like` would pass, without the words for the other case."""
+    return all(
+        t.shape == o.shape and t.dtype == o.dtype and t.device == o.device and t.layout == torch.strided
+        for t, o in zip(tensors, like, strict=True)
+    )
+
+
 def _check_strided(caller: str, label: str, tensor: Tensor) -> None:
     if tensor.layout != torch.strided:
         got = dtype_name(tensor.layout)
@@ -159,12 +190,12 @@ def by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
 
 def unshare(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> TensorList:
     """The tensors without graph, cloned where they live in the memory of one of ``others``."""
-    taken = {_address(t) for t in others if t.numel()}
-    return [t.detach().clone() if t.numel() and _address(t) in taken else t.detach() for t in tensors]
+    taken = {_address(t) for t in others}
+    return [t.detach().clone() if _address(t) in taken and t.numel() else t.detach() for t in tensors]
 
 
-def _address(tensor: Tensor) -> tuple[torch.device, int]:
-    return tensor.device, tensor.untyped_storage().data_ptr()
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()  # of another device it is another; 0, where there is nothing to share
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[list[float]]:
@@ -207,8 +238,21 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     for positions in by_device(tensors).values():
         group = [tensors[i].detach() for i in positions]
         norms = torch._foreach_norm(group, dtype=scalar_dtype(group[0].device))
-        parts.append(torch.linalg.vector_norm(torch.stack(list(norms))))
+        parts.append(torch.linalg.vector_norm(torch.stack(norms)))
+    if len(parts) == 1:
+        return parts[0]
     return _total([p.square() for p in parts]).sqrt()
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of each of k lists, [k, *shape] for each tensor; [k] on the device of the first one."""
+    parts = [torch.linalg.vector_norm(rows(t.detach()), dim=1, dtype=scalar_dtype(t.device)).square() for t in tensors]
+    return _total(parts).sqrt()
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """A tensor [k, *shape] as a matrix with k rows."""
+    return tensor.flatten(1) if tensor.dim() > 1 else tensor.unsqueeze(1)
 
 
 def max_abs(tensors: Sequence[Tensor]) -> TensorList:

@@ -341,9 +341,41 @@ def neumann_step_(
     _neumann_step_(v, p, av, alpha, damping=damping, sq_norm=sq_norm)
 
 
+# ---- softmax_hessian ------------------------------------------------------------------------------------------------
+
+
+def check_softmax_hessian(u: Tensor, logits: Tensor, row_weight: Tensor) -> list[Tensor]:
+    check = _checks.ListCheck("softmax_hessian_")
+    check.leading("u", u)
+    check.rank("u", u, 2, "rows and classes")
+    check.following("logits", logits, ("u", u), _PRODUCT, written=False)
+    check.row_numbers("row_weight", row_weight, ("u", u))
+    check.memory()
+    return [u]
+
+
+_softmax_hessian_ = _define(
+    "softmax_hessian_(Tensor(a!) u, Tensor logits, Tensor row_weight) -> ()",
+    _reference.softmax_hessian_,
+    check_softmax_hessian,
+)
+
+
+def softmax_hessian_(u: Tensor, logits: Tensor, row_weight: Tensor) -> None:
+    r"""The Hessian of weighted cross-entropies in the logits, times ``u``, in place: for each row ``u <- row_weight *
+    (diag(p) - p p') u`` with ``p = softmax(logits)``; see :func:`nestopt_ext._reference.softmax_hessian_`.
+
+    ``u`` [rows, classes] (float32, float64, bfloat16 or float16) is updated in place. ``logits`` has its shape and
+    dtype, or a 16-bit dtype beside float32; ``row_weight`` [rows] is float32 or float64. Rows may lie anywhere; if the
+    elements of one are not next to each other a native kernel works on a copy. Has no derivative of its own:
+    :func:`nestopt_ext._functions.softmax_hessian` is the differentiable form.
+    """
+    _softmax_hessian_(u, logits, row_weight)
+
+
 _NATIVE = {
     (op, key.lower())
-    for op in ("complex_adam_step_", "complex_sgd_step_", "neumann_step_")
+    for op in ("complex_adam_step_", "complex_sgd_step_", "neumann_step_", "softmax_hessian_")
     for key in ("CPU", "CUDA")
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"nestopt_ext::{op}", key)
 }

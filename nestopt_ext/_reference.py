@@ -201,3 +201,38 @@ def neumann_step_(
             total = total + v_i.to(torch.float64 if v_i.device.type != "mps" else math).square().sum()
     if sq_norm is not None:
         sq_norm.copy_(torch.as_tensor(total, dtype=sq_norm.dtype, device=sq_norm.device))
+
+
+def softmax_hessian_(u: Tensor, logits: Tensor, row_weight: Tensor) -> None:
+    """In place; see :func:`softmax_hessian`."""
+    if u.numel() > 0:
+        u.copy_(softmax_hessian(logits, u, row_weight))
+
+
+def softmax_hessian(logits: Tensor, u: Tensor, row_weight: Tensor) -> Tensor:
+    r"""For each row: ``row_weight * (diag(p) - p p') u`` with ``p = softmax(logits)``.
+
+    ``logits`` and ``u`` are [..., classes], not empty; ``row_weight`` is [...]. A row of weight 0 gives zeros, whatever
+    is in it. A class of logit -inf has p = 0 and gives 0 unless its u is not finite; a row whose largest logit is
+    infinite gives NaN.
+
+    Written out this is p_c (u_c - m) with m = p . u, which at a class of p_c near 1 is lost in the rounding of m. So
+    the largest class is kept apart: with S and U the sums of e_j = exp(z_j - z_max) and of e_j u_j over the *other*
+    classes, and a the u of the largest, a - m = (a S - U) / (1 + S) has its relative accuracy however small S is. The
+    mean then is a sum of two numbers, ``high + low``.
+    """
+    math = opmath(u.dtype)
+    wide = math if u.device.type == "mps" else torch.float64
+    z, x = logits.to(math), u.to(math)
+    largest, index = z.max(dim=-1, keepdim=True)
+    e = (z - largest).exp()
+    others = e.scatter(-1, index, 0.0).to(wide)
+    head = x.gather(-1, index).to(wide)
+    others_sum = others.sum(-1, keepdim=True)
+    total = (largest - largest + 1) + others_sum  # NaN where the largest is infinite
+    gap = (head * others_sum - (others * x).sum(-1, keepdim=True)) / total
+    high = (head - gap).to(math)
+    low = ((head - high) - gap).to(math)
+    deviation = torch.where(e > 0, (x - high) - low, x)  # the difference may overflow beside a class of p = 0
+    weight = row_weight.unsqueeze(-1)
+    return torch.where(weight == 0, 0.0, e * (weight / total).to(math) * deviation).to(u.dtype)

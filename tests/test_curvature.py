@@ -5,7 +5,7 @@ from cases import F64, PROBLEMS, flat, leaf, normal, quadratic, relative_error, 
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nestopt_ext.curvature import Hessian, hvp
+from nestopt_ext.curvature import GaussNewton, Hessian, hvp, loss_hessian
 from nestopt_ext.curvature._evaluation import evaluate
 
 
@@ -173,6 +173,38 @@ def test_once_differentiable_functions_do_not_lose_their_part_in_silence(use):
 
     with pytest.raises(RuntimeError, match=r"twice differentiable; got an autograd\.Function marked once_diff"):
         hvp(use(Once.apply), W, V)
+
+
+@pytest.fixture
+def scale():
+    """An operator that multiplies, of which autograd knows nothing."""
+    with torch.library._scoped_library("nestopt_ext_tests_scale", "DEF") as library:
+        library.define("scale(Tensor x, Tensor y) -> Tensor")
+        library.impl("scale", lambda x, y: x.detach() * y.detach(), "CPU")
+        yield torch.ops.nestopt_ext_tests_scale.scale
+
+
+def test_operators_without_a_derivative_do_not_lose_their_part_in_silence(scale):
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return scale(grad, 2 * ctx.saved_tensors[0])
+
+    message = r"{}: {} must be twice differentiable; got an operator registered without a derivative"
+    for loss in (lambda: Square.apply(W).sum(), lambda: (Square.apply(W) * W).sum()):
+        with pytest.raises(RuntimeError, match=message.format("hvp", "loss")):
+            hvp(loss, W, V)
+    with pytest.raises(RuntimeError, match=message.format("GaussNewton", "model")):
+        GaussNewton(Square.apply, nn.MSELoss(), W, V, W)
+    with pytest.raises(RuntimeError, match=message.format("loss_hessian", "criterion")):
+        loss_hessian(lambda z, t: (Square.apply(z) * t).sum(), W, V)
+    with pytest.raises(RuntimeError, match=message.format("hvp", "loss")):
+        hvp(lambda: (scale(W, W) * W).sum(), W, V, mode="forward-over-reverse")
 
 
 def test_compiled_modules_are_named():

@@ -10,13 +10,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "nestopt_ext"
 
-FOUNDATION = {"_ops", "_functions", "_lists", "_operator", "_types", "_reference", "_version"}
+FOUNDATION = {"_ops", "_functions", "_lists", "_operator", "_distributed", "_types", "_reference", "_version"}
 LOOPS = {"_progress", "_checkpoint", "_json_log"}
 ROOMS = {
     "_version": set(),
     "_types": set(),
     "_lists": {"_types"},
     "_operator": {"_lists", "_types"},
+    "_distributed": {"_reference"},
     "_functions": {"_ops", "_reference", "_types"},
     "_reference": set(),
     "_checks": set(),
@@ -118,7 +119,7 @@ def test_every_source_is_listed_once() -> None:
 
 
 def test_an_op_has_one_stem_everywhere() -> None:
-    for stem in ("complex_adam", "complex_sgd", "neumann"):
+    for stem in ("complex_adam", "complex_sgd", "neumann", "softmax_hessian"):
         expected = [
             f"csrc/math/{stem}.h",
             f"csrc/cpu/{stem}.cpp",

@@ -1,4 +1,4 @@
-"""Runs the Python snippets of the README, in order, in one namespace per section."""
+"""Runs the Python snippets of the README, in order, in one namespace per section, and those of each page in docs/."""
 
 import re
 from pathlib import Path
@@ -21,6 +21,20 @@ def snippets() -> list[tuple[str, str]]:
 
 def test_there_are_snippets() -> None:
     assert len(snippets()) >= 2
+    assert [page.name for page in PAGES if not page_code(page)] == []
+
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def page_code(page: Path) -> str:
+    return "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(page_code(page), page.name, "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize(("title", "code"), snippets(), ids=[title for title, _ in snippets()])

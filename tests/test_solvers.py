@@ -408,7 +408,8 @@ def test_large_finite_numbers_are_not_called_non_finite():
 
 
 def test_statuses_carry_their_message():
-    assert {s.name for s in Status} == {"converged", "max_terms", "diverged", "non_finite"}
+    names = {"converged", "max_terms", "breakdown", "negative_curvature", "diverged", "non_finite"}
+    assert {s.name for s in Status} == names
     assert all(s.message for s in Status)
 
 

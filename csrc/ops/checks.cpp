@@ -146,6 +146,11 @@ c10::ArrayRef<at::ScalarType> same_dtype(at::ScalarType leading) {
 
 c10::ArrayRef<at::ScalarType> opmath_dtype(at::ScalarType leading) { return kReal[leading == at::kDouble ? 1 : 0]; }
 
+c10::ArrayRef<at::ScalarType> product_dtypes(at::ScalarType leading) {
+  static constexpr at::ScalarType kBesideFloat[] = {at::kFloat, at::kBFloat16, at::kHalf};
+  return leading == at::kFloat ? c10::ArrayRef<at::ScalarType>(kBesideFloat) : same_dtype(leading);
+}
+
 double cpu_value(const at::Tensor& t) {
   return t.scalar_type() == at::kDouble ? *t.const_data_ptr<double>() : *t.const_data_ptr<float>();
 }
@@ -172,11 +177,15 @@ void ListCheck::strided(const Argument& argument, int64_t i) const {
                    name_of(t.layout()), ". Call .to_dense() on it.");
 }
 
+void ListCheck::real(const Argument& argument, int64_t i) const {
+  strided(argument, i);
+  TORCH_CHECK_TYPE(contains(kReal, argument[i].scalar_type()), op_, ": ", argument.label(i), " must be ", either(kReal),
+                   "; got ", name_of(argument[i].scalar_type()), ".");
+}
+
 void ListCheck::number(const Argument& argument, int64_t i) const {
   const at::Tensor& t = argument[i];
-  strided(argument, i);
-  TORCH_CHECK_TYPE(contains(kReal, t.scalar_type()), op_, ": ", argument.label(i), " must be ", either(kReal), "; got ",
-                   name_of(t.scalar_type()), ".");
+  real(argument, i);
   TORCH_CHECK_VALUE(t.numel() == 1, op_, ": ", argument.label(i), " must have one element; got shape ",
                     tuple_of(t.sizes()), ".");
 }
@@ -196,8 +205,8 @@ void ListCheck::may_write(const Argument& argument, int64_t i) const {
                     " must not be an inference tensor outside inference mode; got one. Pass a clone.");
 }
 
-void ListCheck::leading(const char* name, const TensorRefs& tensors) {
-  leader_ = {name, &tensors, nullptr, true};
+void ListCheck::lead(const Argument& argument) {
+  leader_ = argument;
   for (int64_t i = 0; i < leader_.size(); ++i) {
     const at::Tensor& t = leader_[i];
     strided(leader_, i);
@@ -211,8 +220,7 @@ void ListCheck::leading(const char* name, const TensorRefs& tensors) {
   arguments_.push_back(leader_);
 }
 
-void ListCheck::following(const char* name, const TensorRefs& tensors, DtypeRule rule, bool written) {
-  const Argument argument{name, &tensors, nullptr, written};
+void ListCheck::follow(const Argument& argument, DtypeRule rule) {
   count(argument);
   at::ScalarType ruled = at::ScalarType::Undefined;
   c10::ArrayRef<at::ScalarType> allowed;
@@ -229,8 +237,23 @@ void ListCheck::following(const char* name, const TensorRefs& tensors, DtypeRule
                      " beside ", leader_.label(i), " of ", name_of(ruled), "; got ", name_of(t.scalar_type()), ".");
     TORCH_CHECK_VALUE(t.sizes() == lead.sizes(), op_, ": ", argument.label(i), " must have the shape of ",
                       leader_.label(i), " ", tuple_of(lead.sizes()), "; got ", tuple_of(t.sizes()), ".");
-    if (written) may_write(argument, i);
+    if (argument.written) may_write(argument, i);
   }
+  arguments_.push_back(argument);
+}
+
+void ListCheck::rank(const char* name, const at::Tensor& t, int64_t dims, const char* meaning) const {
+  TORCH_CHECK_VALUE(t.dim() == dims, op_, ": ", name, " must have ", dims, " dimensions, ", meaning, "; got shape ",
+                    tuple_of(t.sizes()), ".");
+}
+
+void ListCheck::row_numbers(const char* name, const at::Tensor& t) {
+  const Argument argument{name, nullptr, &t, false};
+  real(argument, 0);
+  beside(argument, 0);
+  const at::IntArrayRef rows = leader_[0].sizes().slice(0, 1);
+  TORCH_CHECK_VALUE(t.sizes() == rows, op_, ": ", name, " must have a number for each row of ", leader_.name,
+                    ", shape ", tuple_of(rows), "; got ", tuple_of(t.sizes()), ".");
   arguments_.push_back(argument);
 }
 

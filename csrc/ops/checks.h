@@ -14,11 +14,12 @@ namespace nestopt::ops {
 // The dtypes allowed beside a tensor of the leading list.
 using DtypeRule = c10::ArrayRef<at::ScalarType> (*)(at::ScalarType leading);
 c10::ArrayRef<at::ScalarType> same_dtype(at::ScalarType leading);
-c10::ArrayRef<at::ScalarType> opmath_dtype(at::ScalarType leading);  // float32 beside 16-bit types
+c10::ArrayRef<at::ScalarType> opmath_dtype(at::ScalarType leading);    // float32 beside 16-bit types
+c10::ArrayRef<at::ScalarType> product_dtypes(at::ScalarType leading);  // the same, or 16 bits beside float32
 
-// Checks one call of one op: lists of tensors against a leading list, then memory across all of them. Each member
-// throws on the first fault; nothing is modified before the last one has returned. Names and lists must outlive the
-// checks.
+// Checks one call of one op: lists of tensors, or single ones, against a leading one, then memory across all of them.
+// Each member throws on the first fault; nothing is modified before the last one has returned. Names, lists and tensors
+// must outlive the checks.
 class ListCheck {
  public:
   explicit ListCheck(const char* op) : op_(op) {}
@@ -26,11 +27,23 @@ class ListCheck {
   void finite(const char* name, double value) const;
   void require(const char* name, double value, bool holds, const char* rule, const char* remedy = "") const;
 
-  // The list that fixes count, shapes and device; it is written to.
-  void leading(const char* name, const TensorRefs& tensors);
+  // The list, or the one tensor, that fixes count, shapes and device; it is written to.
+  void leading(const char* name, const TensorRefs& tensors) { lead({name, &tensors, nullptr, true}); }
+  void leading(const char* name, const at::Tensor& t) { lead({name, nullptr, &t, true}); }
 
-  // A list that follows the leading one.
-  void following(const char* name, const TensorRefs& tensors, DtypeRule rule, bool written);
+  // What follows the leading list or tensor.
+  void following(const char* name, const TensorRefs& tensors, DtypeRule rule, bool written) {
+    follow({name, &tensors, nullptr, written}, rule);
+  }
+  void following(const char* name, const at::Tensor& t, DtypeRule rule, bool written) {
+    follow({name, nullptr, &t, written}, rule);
+  }
+
+  // A tensor has this number of dimensions, which mean something.
+  void rank(const char* name, const at::Tensor& t, int64_t dims, const char* meaning) const;
+
+  // A number, float32 or float64, for each row of the leading tensor; only read.
+  void row_numbers(const char* name, const at::Tensor& t);
 
   // A list that may be left out only while `needed` is false.
   void following_or_empty(const char* name, const TensorRefs& tensors, DtypeRule rule, bool needed,
@@ -63,8 +76,11 @@ class ListCheck {
   };
   struct Span;  // the memory of one tensor
 
+  void lead(const Argument& argument);
+  void follow(const Argument& argument, DtypeRule rule);
   void count(const Argument& argument) const;
   void strided(const Argument& argument, int64_t i) const;
+  void real(const Argument& argument, int64_t i) const;
   void number(const Argument& argument, int64_t i) const;
   void beside(const Argument& argument, int64_t i) const;
   void may_write(const Argument& argument, int64_t i) const;

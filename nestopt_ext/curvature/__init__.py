@@ -1,6 +1,27 @@
 """Products with the curvature of a loss, and the operators that give them."""
 
 from ._operator import CurvatureOperator, Diagonal
+from .all_reduced import all_reduced
+from .empirical_fisher import EmpiricalFisher
+from .gauss_newton import GaussNewton, ggnvp
 from .hessian import Hessian, hvp
+from .kfac import KFAC
+from .loss_hessian import LossHessian, loss_hessian
+from .over_batches import OverBatches
+from .rank_one import RankOne
 
-__all__ = ["CurvatureOperator", "Diagonal", "Hessian", "hvp"]
+__all__ = [
+    "KFAC",
+    "CurvatureOperator",
+    "Diagonal",
+    "EmpiricalFisher",
+    "GaussNewton",
+    "Hessian",
+    "LossHessian",
+    "OverBatches",
+    "RankOne",
+    "all_reduced",
+    "ggnvp",
+    "hvp",
+    "loss_hessian",
+]

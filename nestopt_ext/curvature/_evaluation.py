@@ -14,8 +14,8 @@ and the generators of ``random`` and ``numpy`` are the closure's own affair.
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,18 +24,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .. import _lists
 from .._types import Loss, TensorList
 
+#: Generators handed to operators, and where they stood.
+_GeneratorStates: TypeAlias = list[tuple[torch.Generator, Tensor]]
+
 
 class Evaluation:
-    """A scalar loss with its graph, and what its evaluation had written into tensors that are now as before."""
+    """A value with its graph, and what its evaluation had written into tensors that are now as before."""
 
-    def __init__(self, loss: Tensor, regions: TensorList, written: TensorList) -> None:
-        self.loss = loss
+    def __init__(self, value: Any, regions: TensorList, written: TensorList) -> None:
+        self.value = value
         self._regions = regions
         self._written = written
 
-    @contextmanager
-    def differentiating(self) -> Iterator[None]:
+    @property
+    def loss(self) -> Tensor:
+        """The value, where it is a scalar loss."""
+        loss: Tensor = self.value
+        return loss
+
+    def differentiating(self) -> AbstractContextManager[None]:
         """While open, tensors hold what the graph saw when it was built; afterwards, what they held on entry."""
+        return self._restored() if self._regions else nullcontext()
+
+    @contextmanager
+    def _restored(self) -> Iterator[None]:
         present = [region.clone() for region in self._regions]
         try:
             _write(self._regions, self._written)
@@ -49,40 +61,95 @@ def evaluate(caller: str, name: str, loss: Loss) -> Evaluation:
     if isinstance(loss, Tensor):
         evaluation = Evaluation(loss, [], [])
     elif callable(loss):
-        evaluation = _call(loss)
+        evaluation = observe(loss)
     else:
         got = _lists.value_name(loss)
         raise TypeError(f"{caller}: {name} must be a scalar tensor or a zero-argument closure; got {got}.")
-    _check_scalar(caller, name, evaluation.loss)
+    check_scalar(caller, name, evaluation.value)
     return evaluation
+
+
+def observe(closure: Callable[[], Any]) -> Evaluation:
+    """Calls a closure once, with grad mode on, and leaves nothing of it behind but its value."""
+    with Replay().run() as call:
+        return call(closure)
+
+
+class Replay:
+    """Calls of closures in sequence, which draw the same random numbers each time the sequence is run."""
+
+    def __init__(self) -> None:
+        self._start = _global_rng()
+        self._own: _GeneratorStates = []
+
+    @contextmanager
+    def run(self, *, undo: bool = True) -> Iterator[Callable[[Callable[[], Any]], Evaluation]]:
+        """Yields what calls a closure; random numbers go on from one call to the next, and are put back at the end.
+
+        Without ``undo``, what the closures write stays written.
+        """
+        present: _GeneratorStates = []
+        with preserved_rng():
+            _set_global_rng(self._start)
+            try:
+                for generator, state in self._own:
+                    present.append((generator, generator.get_state()))
+                    generator.set_state(state)
+                yield lambda closure: self._call(closure, present, undo)
+            finally:
+                for generator, state in present:
+                    generator.set_state(state)
+
+    def _call(self, closure: Callable[[], Any], present: _GeneratorStates, undo: bool) -> Evaluation:
+        recorder = _Recorder() if undo else _GeneratorRecorder()
+        written: TensorList = []
+        try:
+            with torch.enable_grad(), recorder:
+                value = closure()
+            written = [region.clone() for region in recorder.regions]
+        finally:
+            recorder.undo()
+            known = {id(generator) for generator, _ in self._own}
+            drawn = [entry for entry in recorder.generators if id(entry[0]) not in known]
+            self._own += drawn
+            present += drawn
+        return Evaluation(value, recorder.regions, written)
 
 
 @contextmanager
 def preserved_rng() -> Iterator[None]:
     """Puts the global generators of the CPU and, if it is in use, of CUDA back where they were."""
-    cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    state = _global_rng()
     try:
         yield
     finally:
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
+        _set_global_rng(state)
 
 
-def _call(closure: Callable[[], Tensor]) -> Evaluation:
-    recorder = _Recorder()
-    written: TensorList = []
-    try:
-        with preserved_rng(), torch.enable_grad(), recorder:
-            loss = closure()
-        written = [region.clone() for region in recorder.regions]
-    finally:
-        recorder.undo()
-    return Evaluation(loss, recorder.regions, written)
+@contextmanager
+def seeded_from_cpu() -> Iterator[None]:
+    """Draws one number from the CPU, and while open all global generators start from it; then they go on as before."""
+    seed = int(torch.empty((), dtype=torch.int64).random_())
+    with preserved_rng():
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.manual_seed_all(seed)
+        yield
 
 
-def _check_scalar(caller: str, name: str, loss: object) -> None:
+def _global_rng() -> tuple[Tensor, TensorList]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    return torch.get_rng_state(), cuda
+
+
+def _set_global_rng(state: tuple[Tensor, TensorList]) -> None:
+    cpu, cuda = state
+    torch.set_rng_state(cpu)
+    if cuda:
+        torch.cuda.set_rng_state_all(cuda)
+
+
+def check_scalar(caller: str, name: str, loss: object) -> None:
     if not isinstance(loss, Tensor):
         raise TypeError(f"{caller}: {name} must return a scalar tensor; got {_lists.value_name(loss)}.")
     if loss.numel() != 1:
@@ -108,22 +175,39 @@ def _write(regions: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         region.copy_(value)
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Copies each region of older memory just before an operator first writes to it.
-
-    A storage is older when it first turns up as an input, and new when it first turns up as an output.
-    """
+class _GeneratorRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps the state of each generator that is handed to an operator, as it was before the first use."""
 
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.regions: TensorList = []
+        self.generators: _GeneratorStates = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        generator = kwargs.get("generator")
+        if isinstance(generator, torch.Generator) and all(generator is not known for known, _ in self.generators):
+            self.generators.append((generator, generator.get_state()))
+        return func(*args, **kwargs)
+
+    def undo(self) -> None:
+        """Nothing but the generators is recorded, and their states are put back by whoever asked for them."""
+
+
+class _Recorder(_GeneratorRecorder):  # type: ignore[no-untyped-call]
+    """Copies each region of older memory just before an operator first writes to it.
+
+    A storage is older when it first turns up as an input, and new when it first turns up as an output.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
         self._before: TensorList = []
         self._seen: set[tuple[object, ...]] = set()
         self._older: set[int] = set()
         self._newer: set[int] = set()
-        self._generators: list[tuple[torch.Generator, Tensor]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -134,10 +218,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for position, name in _written_arguments(func):
             for tensor in _tensors((args[position] if position < len(args) else kwargs.get(name),)):
                 self._keep(tensor)
-        generator = kwargs.get("generator")
-        if isinstance(generator, torch.Generator) and all(generator is not known for known, _ in self._generators):
-            self._generators.append((generator, generator.get_state()))
-        result = func(*args, **kwargs)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         for tensor in _tensors((result,)):
             storage = _storage(tensor)
             if storage is not None and storage not in self._older:
@@ -146,8 +227,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def undo(self) -> None:
         """The last region first, so that of overlapping regions the oldest copy is written last."""
-        for generator, state in self._generators:
-            generator.set_state(state)
         _write(self.regions[::-1], self._before[::-1])
 
     def _keep(self, tensor: Tensor) -> None:

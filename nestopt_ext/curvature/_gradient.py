@@ -1,21 +1,44 @@
 """The first gradient of a loss, kept with its graph: Hessian products and mixed products are its derivatives."""
 
+import functools
+import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
 
 from .. import _lists
 from .._types import Loss, TensorList
 from ._evaluation import evaluate
+from ._replay import Replay
+from ._vjp import vjp, vjps
 
-#: What PyTorch says where it has no second derivative, what to call it, and the way out.
+_ELEMENTARY = "Write that operation with elementary ones, or use a curvature that needs first derivatives only."
+
+#: What PyTorch says where it has no second derivative, what to call it, and the way out; the first that fits is said.
 _NO_SECOND_DERIVATIVE = (
     (
         "scaled_dot_product",
         "a fused scaled-dot-product attention",
         "Run the forward pass under torch.nn.attention.sdpa_kernel(SDPBackend.MATH).",
+    ),
+    (
+        "flash_attention",
+        "a fused attention",
+        "Run the forward pass under torch.nn.attention.sdpa_kernel(SDPBackend.MATH).",
+    ),
+    (
+        "efficient_attention",
+        "a fused attention",
+        "Run the forward pass under torch.nn.attention.sdpa_kernel(SDPBackend.MATH).",
+    ),
+    (
+        "flex_attention",
+        "flex_attention",
+        "Write the attention out, or use scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH).",
     ),
     (
         "aot_autograd",
@@ -28,16 +51,93 @@ _NO_SECOND_DERIVATIVE = (
         "Run the forward pass under torch.backends.cudnn.flags(enabled=False).",
     ),
     (
+        "mkldnn_rnn",
+        "an RNN of oneDNN",
+        "Run the forward pass under torch.backends.mkldnn.flags(enabled=False).",
+    ),
+    (
+        "use_reentrant=True",
+        "a reentrant checkpoint, which does not know torch.autograd.grad",
+        "Pass use_reentrant=False to torch.utils.checkpoint.checkpoint.",
+    ),
+    (
+        "weight_norm_interface",
+        "torch's weight_norm, whose second derivative in the direction takes the norm for a constant",
+        "Register a parametrization of one's own that returns g * v / v.norm(...).",
+    ),
+    (
         "once_differentiable",
         "an autograd.Function marked once_differentiable",
         "Write its backward with differentiable operations.",
     ),
     (
+        "no autograd formula was registered",
+        "a custom operator without a formula for its derivative",
+        "Give it one by register_autograd, with a backward of differentiable operations.",
+    ),
+    (
+        "autograd kernel was not registered",
+        "an operator registered without a derivative, which would be left out",
+        "Give it, and what its backward calls, a formula by torch.library.register_autograd, or detach its result.",
+    ),
+    (
+        "SparseTensorImpl",
+        "an embedding with sparse gradients",
+        "Make it with sparse=False.",
+    ),
+    (
+        "_embedding_bag",
+        "an embedding bag",
+        "Take the sum or mean of torch.nn.functional.embedding.",
+    ),
+    (
+        "ctc_loss",
+        "the CTC loss",
+        "Write it with elementary operations, or use a curvature that needs first derivatives only.",
+    ),
+    (
+        "cdist_backward",
+        "torch.cdist",
+        "Take (x.unsqueeze(-2) - y.unsqueeze(-3)).norm(dim=-1), or compute_mode='use_mm_for_euclid_dist'.",
+    ),
+    (
+        "hardsigmoid_backward",
+        "hardsigmoid",
+        "Write it as torch.nn.functional.relu6(x + 3) / 6.",
+    ),
+    (
+        "implement the jvp function",
+        "an autograd.Function without a jvp, or a module compiled by torch.compile",
+        "Use mode='double-backward', or pass the module before compilation.",
+    ),
+    (
+        "forward AD",
+        "an operation without a forward-mode derivative",
+        "Use mode='double-backward'.",
+    ),
+    (
+        "forward gradient",
+        "an operation without a forward-mode derivative",
+        "Use mode='double-backward'.",
+    ),
+    (
         "is not implemented",
         "an operation without one",
-        "Write that operation with elementary ones, or use a curvature that needs first derivatives only.",
+        _ELEMENTARY,
     ),
 )
+
+#: Nodes of a graph of gradients that stand for a derivative which is not there, and what is raised for them.
+_ERROR_NODES = {
+    "torch::autograd::Error": "trying to differentiate twice a function that was marked with @once_differentiable",
+    "torch::autograd::WarnNotImplemented": "an autograd kernel was not registered",
+}
+
+#: Nodes whose backward pass, differentiated in their first input, is wrong and not refused by PyTorch.
+_WRONG_NODES = ("WeightNormInterfaceBackward",)
+
+#: The types of nodes of PyTorch's own operations.
+_OWN_NODE = re.compile(r"[A-Z]\w*Backward\d+|AccumulateGrad|CopySlices")
 
 
 @contextmanager
@@ -71,6 +171,13 @@ def check_params(caller: str, name: str, labels: Sequence[str], tensors: Sequenc
     """Tensors that can be differentiated with respect to: at least one, floating, requiring grad, none twice."""
     if not tensors:
         raise ValueError(f"{caller}: {name} must hold at least one tensor; got none.")
+    for label, tensor in zip(labels, tensors, strict=True):
+        if isinstance(tensor, _dtensor_types()):
+            raise TypeError(
+                f"{caller}: {label} must be a plain tensor; got a DTensor. A module under FSDP computes with gathered"
+                " copies, which torch.autograd.grad does not connect to it. Pass the params of a module that is not"
+                " sharded, or that DistributedDataParallel wraps."
+            )
     _lists.check_floating(caller, labels, tensors)
     first: dict[int, str] = {}
     for label, tensor in zip(labels, tensors, strict=True):
@@ -85,22 +192,54 @@ def check_params(caller: str, name: str, labels: Sequence[str], tensors: Sequenc
         first[id(tensor)] = label
 
 
-def _refuse_error_nodes(grads: Sequence[Tensor]) -> None:
-    """Raises what the error nodes in the graph of ``grads`` stand for.
+def _dtensor_types() -> tuple[type, ...]:
+    """The class of distributed tensors, if anything has loaded it: without it there are none."""
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return () if kind is None else (kind,)
 
-    Such a node has no edge to the params, so autograd would not visit it, and would leave out its part of the product
-    in silence.
+
+def _refuse_error_nodes(tensors: Sequence[Tensor]) -> None:
+    """Raises what the error nodes in the graph of ``tensors`` stand for.
+
+    Such a node has no edge to the params, so autograd would not visit it, or would only warn, and would leave out its
+    part of the product.
     """
-    waiting = [g.grad_fn for g in grads]
-    seen = set()
+    for node in _nodes([t.grad_fn for t in tensors]):
+        if message := _ERROR_NODES.get(node.name()):
+            raise RuntimeError(message)
+
+
+def _nodes(roots: Sequence[Node | None]) -> set[Node]:
+    """All nodes of the graphs of ``roots``."""
+    seen = {root for root in roots if root is not None}
+    waiting = list(seen)
     while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() == "torch::autograd::Error":
-            raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
-        seen.add(node)
-        waiting.extend(following for following, _ in node.next_functions)
+        for node, _ in waiting.pop().next_functions:
+            if node is not None and node not in seen:
+                seen.add(node)
+                waiting.append(node)
+    return seen
+
+
+def _is_foreign(kind: type) -> bool:
+    """Whether nodes of this type are of an operation that is not PyTorch's own: in Python, or in an extension."""
+    if issubclass(kind, torch.autograd.function.BackwardCFunction):
+        return True
+    return _OWN_NODE.fullmatch(kind.__name__) is None
+
+
+class WrongNodes:
+    """The nodes in the graph of a loss whose gradient PyTorch differentiates wrongly in their first input."""
+
+    def __init__(self, nodes: set[Node]) -> None:
+        self._found = [node for node in nodes if type(node).__name__.startswith(_WRONG_NODES)]
+
+    def refuse(self, inputs: TensorList) -> None:
+        """Raises where the gradient is about to be differentiated in tensors that such a first input depends on."""
+        if self._found:
+            behind = _nodes([node.next_functions[0][0] for node in self._found])
+            if any(get_gradient_edge(t).node in behind for t in inputs):
+                raise RuntimeError(f"weight_norm_interface: the derivative of {self._found[0].name()} is wrong")
 
 
 class Gradient:
@@ -113,42 +252,63 @@ class Gradient:
         self._evaluation = evaluate(caller, name, loss)
         value = self._evaluation.loss
         with torch.enable_grad(), self._differentiating():
-            # A seed that requires grad makes every once_differentiable function leave its error node in the graph.
-            seed = torch.ones_like(value, requires_grad=True)
+            # A seed that requires grad makes every once_differentiable function leave its error node in the graph. None
+            # of PyTorch's own operations is one, and the seed would only make the graph larger.
+            nodes = _nodes([value.grad_fn])
+            foreign = any(map(_is_foreign, set(map(type, nodes))))
+            seed = torch.ones_like(value, requires_grad=True) if foreign else None
             grads = torch.autograd.grad(value, params, seed, create_graph=True, allow_unused=True)
-            _refuse_error_nodes([g for g in grads if g is not None])
+            if foreign:
+                _refuse_error_nodes([value, *(g for g in grads if g is not None)])
+        self._wrong_nodes = WrongNodes(nodes)
         if all(g is None for g in grads):
             raise ValueError(
                 f"{caller}: {name} must depend on params; got a graph that none of the {len(params)} tensors is in."
             )
         self._live = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
         self._grads = [grads[i] for i in self._live]
+        # Without self, a cycle through which would keep the graph alive.
+        self._replay = Replay(functools.partial(_product, self._grads, self._live, params), params)
+
+    def expect(self, num_products: int) -> None:
+        """Says that so many products are about to come, which may be worth a preparation."""
+        self._replay.expect(num_products)
 
     def product(self, v: TensorList) -> TensorList:
         """The Hessian times ``v``, a list like the params; shares no memory with ``v``."""
-        found = self._vjp(self._params, v)
-        return _lists.unshare(
-            [torch.zeros_like(p) if h is None else h for p, h in zip(self._params, found, strict=True)], v
-        )
+        with self._differentiating():
+            self._wrong_nodes.refuse(self._params)
+            return self._replay(v)
+
+    def products(self, v: TensorList) -> TensorList:
+        """The Hessian times k lists, [k, *shape] for each param."""
+        if not self._live:
+            return _lists.zeros_like(v)
+        with self._differentiating():
+            self._wrong_nodes.refuse(self._params)
+            return vjps(self._grads, self._params, [v[i] for i in self._live])
 
     def mixed(self, hparams: TensorList, v: TensorList) -> list[Tensor | None]:
         """``v`` times the derivative of the gradient in ``hparams``; None where the gradient does not depend on one."""
-        return self._vjp(hparams, v)
+        if not self._live:
+            return [None] * len(hparams)
+        cotangents = [v[i] for i in self._live]
+        with self._differentiating():
+            self._wrong_nodes.refuse(hparams)
+            return list(torch.autograd.grad(self._grads, hparams, cotangents, retain_graph=True, allow_unused=True))
 
-    def loss_uses(self, hparams: TensorList) -> bool:
+    def uses(self, hparams: TensorList) -> bool:
         """Whether any of ``hparams`` is in the graph of the loss itself."""
         with self._differentiating():
             grads = torch.autograd.grad(self._evaluation.loss, hparams, retain_graph=True, allow_unused=True)
         return any(g is not None for g in grads)
 
-    def _vjp(self, inputs: TensorList, v: TensorList) -> list[Tensor | None]:
-        if not self._live:
-            return [None] * len(inputs)
-        cotangents = [v[i] for i in self._live]
-        with self._differentiating():
-            return list(torch.autograd.grad(self._grads, inputs, cotangents, retain_graph=True, allow_unused=True))
-
     @contextmanager
     def _differentiating(self) -> Iterator[None]:
         with self._evaluation.differentiating(), named_faults(self._caller, self._name):
             yield
+
+
+def _product(grads: TensorList, live: list[int], params: TensorList, v: TensorList) -> TensorList:
+    """The product by autograd, with those gradients that have a derivative."""
+    return vjp(grads, params, [v[i] for i in live]) if live else _lists.zeros_like(params)

@@ -25,6 +25,11 @@ class CurvatureOperator(LinearOperator, ABC):
     of :class:`~nestopt_ext._operator.LinearOperator`.
     """
 
+    @property
+    def is_mean_over_examples(self) -> bool:
+        """Whether the operator of several batches of equal size is the mean of theirs."""
+        return True
+
     def __call__(self, v: SameTensors) -> SameTensors:
         """The product with ``v``; new tensors, in the structure of the params, without graph."""
         name = type(self).__name__
@@ -149,6 +154,10 @@ class _Sum(CurvatureOperator):
         self._left = left
         self._right = right
 
+    @property
+    def is_mean_over_examples(self) -> bool:
+        return self._left.is_mean_over_examples and self._right.is_mean_over_examples
+
     def flat_product(self, v: TensorList) -> TensorList:
         return _added(self._left.flat_product(v), self._right.flat_product(v))
 
@@ -174,6 +183,10 @@ class _Scaled(CurvatureOperator):
         super().__init__(operator._params, operator._structure)
         self._operator = operator
         self._scalar = scalar
+
+    @property
+    def is_mean_over_examples(self) -> bool:
+        return self._operator.is_mean_over_examples
 
     def flat_product(self, v: TensorList) -> TensorList:
         return [self._scalar * t for t in self._operator.flat_product(v)]
@@ -215,6 +228,10 @@ class _Damped(CurvatureOperator):
         super().__init__(operator._params, operator._structure)
         self._operator = operator
         self._damping = damping
+
+    @property
+    def is_mean_over_examples(self) -> bool:
+        return self._operator.is_mean_over_examples
 
     def flat_product(self, v: TensorList) -> TensorList:
         return [h.add_(t, alpha=self._damping) for h, t in zip(self._operator.flat_product(v), v, strict=True)]
@@ -259,6 +276,10 @@ class _Rearranged(CurvatureOperator):
 
     def _out(self, v: TensorList) -> TensorList:
         return [v[i] for i in self._outwards]
+
+    @property
+    def is_mean_over_examples(self) -> bool:
+        return self._operator.is_mean_over_examples
 
     def flat_product(self, v: TensorList) -> TensorList:
         return self._out(self._operator.flat_product(self._in(v)))

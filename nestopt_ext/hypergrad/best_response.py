@@ -1,6 +1,8 @@
 """The solution of an inner problem as a differentiable function of its hyperparameters."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,17 +12,22 @@ from .._types import Loss, MatVec, SameTensors, Tensors
 from ..curvature._evaluation import preserved_rng
 from ..solvers import Neumann, Solver
 from ._problem import InnerProblem, Variables
+from .fixed_point import FixedPointMap
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _CALLER = "best_response"
 
 
 def best_response(
-    inner_loss: Loss,
+    inner_loss: Loss | FixedPointMap,
     params: SameTensors,
     hparams: Tensors,
     *,
     solver: Solver = Neumann(),  # noqa: B008  a frozen value
     curvature: MatVec | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> SameTensors:
     r"""The params as the minimizer of ``inner_loss``, whose backward pass sends the implicit gradient to ``hparams``.
 
@@ -31,7 +38,11 @@ def best_response(
     ``inner_loss`` is a scalar tensor with a graph, or a zero-argument closure that returns one; it is called once,
     here, and what it does to random state and to older tensors is undone. ``params`` are a Tensor, list, tuple or dict
     of tensors that require grad; of ``hparams`` at least one must, and they need not be leaves. ``solver`` and
-    ``curvature`` are as in :func:`hypergradient`.
+    ``curvature`` are as in :func:`hypergradient`, and so is a :class:`FixedPointMap` in place of ``inner_loss``.
+
+    With a ``process_group`` the backward pass averages over its ranks as :func:`hypergradient` does, except for the
+    direct part, which is the rank's own: average the ``.grad`` of the hparams afterwards, as for any data-parallel
+    training. Every rank must run the backward pass.
 
     Returns new tensors in the structure of ``params``. The result has a first derivative only: differentiating twice,
     or in forward mode, raises an error. Errors and warnings are those of :func:`hypergradient`; the solve runs in the
@@ -46,7 +57,7 @@ def best_response(
     (tensor(3.2500), None)
     """
     variables = Variables(_CALLER, params, hparams, all_hparams=False)
-    inner = InnerProblem(variables, inner_loss, solver, curvature)
+    inner = InnerProblem(variables, inner_loss, solver, curvature, process_group)
     best = _Response.apply(inner, len(variables.params), *variables.params, *variables.hparams)  # type: ignore[no-untyped-call]
     result: SameTensors = variables.structure.pack(list(best))
     return result
@@ -67,10 +78,9 @@ class _Response(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = [i for i, h in enumerate(ctx.hparams) if ctx.needs_input_grad[2 + len(ctx.params) + i]]
         found: list[Tensor | None] = [None] * len(ctx.hparams)
-        if wanted and any(g is not None for g in grads):
-            v = [torch.zeros_like(p) if g is None else g.detach() for p, g in zip(ctx.params, grads, strict=True)]
+        if wanted:
             with preserved_rng():
-                response = ctx.inner.response(v, [ctx.hparams[i] for i in wanted])
+                response = ctx.inner.response(grads, [ctx.hparams[i] for i in wanted])
             for i, part in zip(wanted, response, strict=True):
                 found[i] = None if part is None else part.detach().neg()
         if torch.is_grad_enabled():

@@ -1,7 +1,10 @@
 """The gradient of an outer loss in hyperparameters, by the implicit function theorem."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,17 +14,23 @@ from ..curvature._evaluation import evaluate, preserved_rng
 from ..curvature._gradient import named_faults
 from ..solvers import Neumann, Solver
 from ..solvers._outcome import warn
-from ._problem import InnerProblem, Solve, Variables
+from ..solvers._solve import Inverse
+from ._problem import InnerProblem, Variables
+from .fixed_point import FixedPointMap
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def hypergradient(
     outer_loss: Loss,
-    inner_loss: Loss,
+    inner_loss: Loss | FixedPointMap,
     params: Tensors,
     hparams: Tensors,
     *,
     solver: Solver = Neumann(),  # noqa: B008  a frozen value
     curvature: MatVec | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, ...]:
     r"""The gradient of ``outer_loss`` in ``hparams``, where ``params`` minimize ``inner_loss`` and so depend on
     ``hparams``.
@@ -35,14 +44,21 @@ def hypergradient(
     Losses are scalar tensors with a graph, computed from the params as they are now, whose graphs stay alive, or
     zero-argument closures that return one, each called once; both give the same numbers. ``params`` and ``hparams`` are
     a Tensor, list, tuple or dict of float32, float64, bfloat16 or float16 tensors that require grad; ``hparams`` may be
-    of any number and size and need not be leaves. ``solver`` is :class:`Neumann` or :class:`Identity` with its options.
-    ``curvature`` is None for the Hessian of ``inner_loss``, or any callable that returns A times tensors like
-    ``params``.
+    of any number and size and need not be leaves. ``solver`` is one of ``nestopt_ext.solvers`` with its options.
+    ``curvature`` is None for the Hessian of ``inner_loss``, a curvature operator on the same params in any order, or
+    any callable that returns A times tensors like ``params``.
+
+    In place of ``inner_loss`` a :class:`FixedPointMap` may stand, where the params solve w = Phi(w, lambda) instead of
+    minimizing a loss.
 
     Returns a tuple, one new tensor without graph for each of ``hparams`` in order; zeros for one that no loss uses.
     Nothing is modified: not the params, not any ``.grad``, and of what a closure does, random state on CPU and CUDA and
     every in-place write to an older tensor (running statistics, counters) is undone bit for bit, after an exception
     too.
+
+    With a ``process_group`` (``torch.distributed.group.WORLD``) each loss is the mean, over its ranks, of what the rank
+    computes from examples of its own, as many on each: the outer gradient, every product with the curvature (one
+    all-reduce) and the result are averaged, so that all ranks return the same bits. All must call it at the same point.
 
     A series that diverges or meets NaN or Inf gives one RuntimeWarning, and the numbers as they are. Raises TypeError
     or ValueError for bad arguments (a loss without a graph, a param that does not require grad, hparams that neither
@@ -61,7 +77,7 @@ def hypergradient(
     """
     caller = "hypergradient"
     variables = Variables(caller, params, hparams, all_hparams=True)
-    found = implicit_gradient(variables, outer_loss, inner_loss, solver, lambda: curvature)
+    found = implicit_gradient(variables, outer_loss, inner_loss, solver, lambda: curvature, process_group=process_group)
     if found.solve is not None:
         warn(caller, found.solve.verdict)
     return found.grads
@@ -73,57 +89,54 @@ class ImplicitGradient:
 
     grads: tuple[Tensor, ...]
     outer_loss: Tensor
-    solve: Solve | None
+    solve: Inverse | None
 
 
 def implicit_gradient(
     variables: Variables,
     outer_loss: Loss,
-    inner_loss: Loss,
+    inner_loss: Loss | FixedPointMap,
     solver: Solver,
     curvature: Callable[[], MatVec | None],
+    *,
     start: TensorList | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> ImplicitGradient:
     """The hypergradient with what there is to know of its solve, which begins at ``start``; never warns.
 
     ``curvature`` is asked for the operator between the evaluation of the outer loss and that of the inner one.
     """
     caller = variables.caller
+    hparams = variables.hparams
     with preserved_rng():
-        loss, outer_grads, direct = _outer_gradients(caller, outer_loss, variables)
-        inner = InnerProblem(variables, inner_loss, solver, curvature())
-        solve = None if outer_grads is None else inner.solve(outer_grads, start)
-        response: list[Tensor | None] = [None] * len(variables.hparams)
-        if solve is not None:
-            response = inner.carry(solve.value, variables.hparams)
-        unused = all(t is None for t in (*direct, *response))
-        if unused and not inner.uses(variables.hparams):
+        loss, in_params, in_hparams = outer_gradients(caller, outer_loss, variables)
+        inner = InnerProblem(variables, inner_loss, solver, curvature(), process_group)
+        solve = inner.solve(in_params, start)
+        response = [None] * len(hparams) if solve is None else inner.carry(solve.value, hparams)
+        direct = inner.mean(in_hparams, hparams)
+        if all(t is None for t in (*direct, *response)) and not inner.uses(hparams):
             raise ValueError(
                 f"{caller}: hparams must be used by outer_loss or inner_loss; got {len(direct)} in neither graph."
                 " Compute the losses from these very tensors, not from copies or .data."
             )
-    return ImplicitGradient(tuple(map(_difference, direct, response, variables.hparams)), loss, solve)
+    return ImplicitGradient(tuple(map(difference, direct, response, hparams)), loss, solve)
 
 
-def _outer_gradients(
+def outer_gradients(
     caller: str, outer_loss: Loss, variables: Variables
-) -> tuple[Tensor, TensorList | None, tuple[Tensor | None, ...]]:
-    """The outer loss, its gradient in params, None where it uses none of them, and in hparams."""
+) -> tuple[Tensor, Sequence[Tensor | None], Sequence[Tensor | None]]:
+    """The outer loss, and its gradients in params and in hparams, None where it uses none."""
     outer = evaluate(caller, "outer_loss", outer_loss)
     inputs = [*variables.params, *variables.hparams]
     with outer.differentiating(), named_faults(caller, "outer_loss"):
         grads = torch.autograd.grad(outer.loss, inputs, retain_graph=True, allow_unused=True)
     if all(g is None for g in grads):
         raise ValueError(f"{caller}: outer_loss must depend on params or hparams; got a graph that none of them is in.")
-    loss, size = outer.loss.detach(), len(variables.params)
-    in_params, in_hparams = grads[:size], grads[size:]
-    if all(g is None for g in in_params):
-        return loss, None, in_hparams
-    pairs = zip(variables.params, in_params, strict=True)
-    return loss, [torch.zeros_like(p) if g is None else g.detach() for p, g in pairs], in_hparams
+    size = len(variables.params)
+    return outer.loss.detach(), grads[:size], grads[size:]
 
 
-def _difference(direct: Tensor | None, response: Tensor | None, like: Tensor) -> Tensor:
+def difference(direct: Tensor | None, response: Tensor | None, like: Tensor) -> Tensor:
     """The direct part less the response, in memory of its own; None stands for zero."""
     if response is not None:
         return response.detach().neg() if direct is None else direct.detach() - response.detach()

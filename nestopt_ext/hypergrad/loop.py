@@ -370,7 +370,7 @@ class BilevelLoop:
             return loss
 
         try:
-            found = implicit_gradient(self._variables, outer, inner, self._solver, curvature, self._start)
+            found = implicit_gradient(self._variables, outer, inner, self._solver, curvature, start=self._start)
         except BaseException:
             self._random.set(before)
             raise

@@ -3,7 +3,26 @@
 from ._outcome import Solver
 from ._solution import Solution, Status
 from ._solve import solve
+from .conjugate_gradient import ConjugateGradient, cg_ihvp
+from .exact import Exact
+from .fixed_point import FixedPoint
 from .identity import Identity
 from .neumann import Neumann, neumann_ihvp
+from .nystrom import Nystrom
+from .woodbury import Woodbury
 
-__all__ = ["Identity", "Neumann", "Solution", "Solver", "Status", "neumann_ihvp", "solve"]
+__all__ = [
+    "ConjugateGradient",
+    "Exact",
+    "FixedPoint",
+    "Identity",
+    "Neumann",
+    "Nystrom",
+    "Solution",
+    "Solver",
+    "Status",
+    "Woodbury",
+    "cg_ihvp",
+    "neumann_ihvp",
+    "solve",
+]

@@ -5,25 +5,43 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from .. import _lists
 from .._types import TensorList
-from ._arguments import check_alpha_value
-from ._product import Product
 from ._solution import Status
+from ._system import System
+
+_WORST_LAST = list(Status)
 
 
 class Solver(Protocol):
     """A method for (A + damping I) x = v, given as a value: a frozen dataclass of its options."""
 
-    def run(self, product: Product, v: TensorList) -> Outcome:
-        """Solves without waiting for the device; ``v`` is only read."""
+    def run(self, system: System) -> Outcome:
+        """Solves without waiting for the device, unless its options say so; the right-hand sides are only read."""
+        ...
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a method says of itself: a status for each right-hand side, and the warning that goes with one."""
+
+    statuses: list[Status]
+    explain: Callable[[Status], str]
+
+
+class Evidence(Protocol):
+    """What a method saw on its way, small tensors on the device."""
+
+    def tensors(self) -> TensorList: ...
+
+    def read(self, caller: str, numbers: list[list[float]]) -> Finding:
+        """The finding, from the values of the tensors."""
         ...
 
 
@@ -31,13 +49,14 @@ class Solver(Protocol):
 class Outcome:
     """The result of a solver, all of it still on the device.
 
-    ``sq_norms`` holds, for each device, the squared norms of the terms 0 .. num_terms, a vector.
+    ``curvature`` is the norm of A + damping I as far as the method knows it, [] or [k]: it says what residual rounding
+    alone may leave. ``rtol`` is the residual, relative to v, that the options ask for.
     """
 
     value: TensorList
-    alpha: Tensor
-    damping: float
-    sq_norms: dict[torch.device, Tensor]
+    evidence: Evidence
+    curvature: Tensor
+    rtol: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -45,68 +64,50 @@ class Verdict:
     """What the host learned about an outcome."""
 
     status: Status
-    norms: list[float]
-    alpha: float
-    damping: float
+    explanation: str
+
+    @property
+    def is_trouble(self) -> bool:
+        return self.status not in (Status.converged, Status.max_terms)
 
 
-def judge(
-    caller: str, outcome: Outcome, residual: Tensor | None = None, rounding_residual: Tensor | None = None
-) -> Verdict:
-    """Reads norms, alpha and the magnitude of the value, in one wait per device, and says how the solve ended.
+def judge(caller: str, outcome: Outcome, residual: Tensor | None = None, tolerance: Tensor | None = None) -> Verdict:
+    """Reads the evidence and the magnitude of the value, in one wait per device, and says how the solve ended.
 
-    ``residual`` is the norm of the residual where it is known, ``rounding_residual`` what it is once converged.
+    ``residual`` holds the norms of the residuals where they are known, ``tolerance`` what they are once converged.
     """
     peaks = _lists.max_abs(outcome.value)
-    known = [] if residual is None or rounding_residual is None else [residual, rounding_residual]
-    histories = list(outcome.sq_norms.values())
-    (alpha,), *read = _lists.to_host([outcome.alpha, *known, *peaks, *histories])
-    check_alpha_value(caller, alpha)
-    scalars = [value for (value,) in read[: len(known) + len(peaks)]]
-    norms = [math.sqrt(sum(parts)) for parts in zip(*read[len(scalars) :], strict=True)]
-    return Verdict(_status(scalars[: len(known)], scalars[len(known) :], norms), norms, alpha, outcome.damping)
+    known = [] if residual is None or tolerance is None else [residual, tolerance]
+    evidence = outcome.evidence.tensors()
+    numbers = _lists.to_host([*known, *peaks, *evidence])
+    largest = [value for (value,) in numbers[len(known) : len(known) + len(peaks)]]
+    finding = outcome.evidence.read(caller, numbers[len(known) + len(peaks) :])
+    statuses = finding.statuses
+    if known:
+        statuses = [_weighed(*facts) for facts in zip(statuses, numbers[0], numbers[1], strict=True)]
+    if not all(map(math.isfinite, largest)):
+        statuses = [*statuses, Status.non_finite]
+    status = max(statuses, key=_WORST_LAST.index, default=Status.converged)
+    return Verdict(status, finding.explain(status))
 
 
-def _status(residuals: list[float], peaks: list[float], norms: list[float]) -> Status:
-    if not all(map(math.isfinite, [*residuals[:1], *peaks])) or any(map(math.isnan, norms)):
+def _weighed(status: Status, residual: float, tolerance: float) -> Status:
+    """The residual has the last word: a series may grow and then end, and a recurrence may drift from the truth."""
+    if status is Status.non_finite or not math.isfinite(residual):
         return Status.non_finite
-    if residuals and residuals[0] <= residuals[1]:  # before growth: the terms of a nilpotent I - alpha A grow, then end
+    if residual <= tolerance:
         return Status.converged
-    return Status.diverged if _grows(norms) else Status.max_terms
-
-
-def _grows(norms: list[float]) -> bool:
-    """Whether the last term is above the first, or three in a row grew; growth at rounding level does not count."""
-    slack = 1 + 8 * torch.finfo(torch.float32).eps
-    growth = [b > a * slack for a, b in pairwise(norms)]
-    return norms != [] and (norms[-1] > norms[0] * slack or (len(growth) >= 3 and all(growth[-3:])))
+    return Status.max_terms if status is Status.converged else status
 
 
 def warn(caller: str, verdict: Verdict) -> None:
     """One RuntimeWarning, at the line outside the package that asked, if the result cannot be trusted."""
-    if verdict.status not in (Status.diverged, Status.non_finite):
-        return
-    terms = len(verdict.norms) - 1
-    used = f"num_terms={terms}, alpha={verdict.alpha:.4g}, damping={verdict.damping:.4g}"
-    if verdict.norms and math.isnan(verdict.norms[0]):
-        message = (
-            f"{caller}: v must be finite; got NaN or Inf, which the result keeps ({used})."
-            " Look for it in the outer gradient."
-        )
-    else:
-        end = "is not finite" if verdict.status is Status.non_finite else "diverges"
-        message = (
-            f"{caller}: the Neumann sum {end} ({used}); the spectral radius of I - alpha*(A + damping*I) must be"
-            f" below 1; got {_spectral_radius(verdict.norms)}. Lower alpha, raise damping, use alpha='auto', or use a"
-            " positive semi-definite curvature (Gauss-Newton). The values are returned as they are."
-        )
-    warnings.warn(message, RuntimeWarning, stacklevel=_caller_depth())
+    if verdict.is_trouble:
+        warnings.warn(f"{caller}: {verdict.explanation}", RuntimeWarning, stacklevel=_caller_depth())
 
 
-def _spectral_radius(norms: list[float]) -> str:
-    """The last ratio of two norms that is a number."""
-    ratios = [b / a for a, b in pairwise(norms) if a > 0 and math.isfinite(a) and math.isfinite(b)]
-    return f"about {ratios[-1]:.3g}" if ratios else "no estimate (no two finite terms)"
+def unfit_right_side(used: str) -> str:
+    return f"v must be finite; got NaN or Inf, which the result keeps ({used}). Look for it in the outer gradient."
 
 
 def _caller_depth() -> int:

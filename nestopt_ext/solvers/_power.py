@@ -1,11 +1,12 @@
 """An estimate of the largest eigenvalue, for choosing a step without knowing the curvature."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .. import _lists
 from .._types import TensorList
-from ._product import Product
 
 #: Enough for a step: the series contracts as long as the estimate is above 0.45 of the true value.
 POWER_PRODUCTS = 5
@@ -13,7 +14,7 @@ POWER_PRODUCTS = 5
 _SEED = 0
 
 
-def auto_alpha(product: Product, vector: TensorList, damping: float) -> Tensor:
+def auto_alpha(product: Callable[[TensorList], TensorList], vector: TensorList, damping: float) -> Tensor:
     """0.9 / lambda_max(A + damping I) by power iteration, a 0-dim tensor; 1 where that is not a positive number.
 
     Starts from ``vector`` plus random numbers of the same norm, since only eigenvectors that ``vector`` contains can
@@ -35,7 +36,11 @@ def auto_alpha(product: Product, vector: TensorList, damping: float) -> Tensor:
         length = _lists.norm(vector)
         largest = torch.maximum(largest, length / size)
         _rescale(vector, size, length)
-    alpha = 0.9 / largest
+    return usable_step(0.9 / largest)
+
+
+def usable_step(alpha: Tensor) -> Tensor:
+    """1 in place of a step that is not a positive number, as where the curvature is zero or NaN."""
     return torch.where(alpha.isfinite() & (alpha > 0), alpha, torch.ones_like(alpha))
 
 

@@ -12,14 +12,16 @@ from .._types import SameTensors
 
 
 class Status(enum.Enum):
-    """How a solve ended; the value of each member is its message.
+    """How a solve ended, from best to worst; the value of each member is its message.
 
     >>> Status.max_terms.message
-    'all terms were used before the residual reached rounding level'
+    'all that the options allow was used before the residual reached its tolerance'
     """
 
-    converged = "the residual is at rounding level"
-    max_terms = "all terms were used before the residual reached rounding level"
+    converged = "the residual is at its tolerance, or at rounding level"
+    max_terms = "all that the options allow was used before the residual reached its tolerance"
+    breakdown = "the curvature is singular, or too close to it, along a direction that was needed; raise damping"
+    negative_curvature = "the curvature is not positive definite; raise damping, or use a positive semi-definite one"
     diverged = "the terms of the series grow; lower alpha, raise damping, or use a positive semi-definite curvature"
     non_finite = "the result holds NaN or Inf; it is returned as it is"
 
@@ -33,8 +35,8 @@ class Solution(Generic[SameTensors]):
     """What :func:`solve` returns.
 
     ``value`` has the structure, shapes and dtypes of the right-hand side, new tensors without graph. ``residual_norm``
-    is a 0-dim tensor, the Euclidean norm of v - (A + damping I) value. ``num_products`` counts every call of the
-    matvec.
+    is a 0-dim tensor, the Euclidean norm of v - (A + damping I) value; with ``batched`` a vector, one for each
+    right-hand side. ``num_products`` counts every product with A. ``status`` is that of the worst right-hand side.
     """
 
     value: SameTensors

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .._types import TensorList
 from ._arguments import check_alpha
 from ._outcome import Outcome
-from ._product import Product
+from ._system import System
 from .neumann import series
 
 
@@ -28,6 +27,6 @@ class Identity:
     def __post_init__(self) -> None:
         check_alpha("Identity", self.alpha, auto=False)
 
-    def run(self, product: Product, v: TensorList) -> Outcome:
-        """The product of alpha and a flat list ``v``, which is only read."""
-        return series(product, v, num_terms=0, alpha=self.alpha, damping=0.0)
+    def run(self, system: System) -> Outcome:
+        """The product of alpha and the right-hand sides of ``system``."""
+        return series(system, num_terms=0, alpha=self.alpha, damping=0.0)

@@ -7,18 +7,34 @@ For a symmetric matrix :math:`A` (damping included) whose eigenvalues lie in :ma
 The sum cut after :math:`K` = ``num_terms`` products leaves the residual :math:`(I - \alpha A)^{K+1} v`.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .. import _lists, _ops, _reference
+from .. import _lists, _ops
+from .._operator import stacked
 from .._types import MatVec, SameTensors, TensorList
-from ._arguments import alpha_tensor, check_alpha, check_damping, check_num_terms
+from ._arguments import (
+    CheckEvery,
+    alpha_tensor,
+    check_alpha,
+    check_check_every,
+    check_damping,
+    check_num_terms,
+    check_preconditioner,
+    check_rtol,
+    looks,
+)
+from ._history import History
 from ._outcome import Outcome, judge, warn
-from ._power import auto_alpha
+from ._power import auto_alpha, usable_step
 from ._product import Product
+from ._solution import Status
+from ._system import System
 
 
 @dataclass(frozen=True)
@@ -28,24 +44,52 @@ class Neumann:
     ``num_terms`` (int >= 0) counts products with A; 0 gives alpha * v. ``alpha`` (units 1/curvature) is a number, a
     0-dim tensor, or ``"auto"``: 0.9 / lambda_max(A + damping I), at the price of five more products. The series
     contracts for 0 < alpha < 2 / lambda_max and a positive definite A + damping I. ``damping`` (units of curvature) is
-    finite and >= 0.
+    finite and >= 0. An operator that knows its sum, or its largest eigenvalue, in closed form is asked for it, and then
+    costs no products.
+
+    ``rtol`` in [0, 1) ends the sum at the first term whose norm is at most rtol |v|; 0 takes all terms. It is looked
+    for every ``check_every`` terms, each look waiting for the device; ``"auto"`` looks at every term where all tensors
+    are on the CPU, and otherwise never, as None does: the terms after that one are then zero, but cost their products.
+
+    ``preconditioner`` is a callable that returns M times tensors like v for a positive definite M close to the inverse
+    of A + damping I, such as that of KFAC. The series is then :math:`\alpha \sum_j (I - \alpha M (A + \delta I))^j M
+    v`, alpha has no unit, and the norms that ``rtol`` compares are those of the terms with M.
 
     Raises TypeError or ValueError, naming the option, when one is out of range.
 
-    >>> Neumann(num_terms=20, damping=1e-3)
-    Neumann(num_terms=20, alpha='auto', damping=0.001)
+    >>> Neumann(num_terms=20, damping=1e-3).num_terms
+    20
+    >>> import torch
+    >>> from nestopt_ext.solvers import solve
+    >>> solve(lambda v: 2 * v, torch.tensor(3.0), Neumann(num_terms=100, alpha=0.4, rtol=1e-4)).num_products
+    7
     """
 
     num_terms: int = 3
     alpha: float | Tensor | Literal["auto"] = "auto"
     damping: float = 0.0
+    _: KW_ONLY
+    rtol: float = 0.0
+    check_every: CheckEvery = "auto"
+    preconditioner: MatVec | None = None
 
     def __post_init__(self) -> None:
         _check("Neumann", self.num_terms, self.alpha, self.damping)
+        check_rtol("Neumann", self.rtol)
+        check_check_every("Neumann", self.check_every)
+        check_preconditioner("Neumann", self.preconditioner)
 
-    def run(self, product: Product, v: TensorList) -> Outcome:
-        """The series for a flat list ``v``, which is only read."""
-        return series(product, v, num_terms=self.num_terms, alpha=self.alpha, damping=self.damping)
+    def run(self, system: System) -> Outcome:
+        """The series for the right-hand sides of ``system``."""
+        return series(
+            system,
+            num_terms=self.num_terms,
+            alpha=self.alpha,
+            damping=self.damping,
+            rtol=self.rtol,
+            check_every=self.check_every,
+            preconditioner=self.preconditioner,
+        )
 
 
 def neumann_ihvp(
@@ -59,10 +103,11 @@ def neumann_ihvp(
     r"""An inverse curvature product by a Neumann series: :math:`\alpha \sum_{j=0}^{K} (I - \alpha (A + \delta I))^j v`.
 
     ``matvec`` is any callable that returns A times the tensors it is given, in the same structure; the tensors it is
-    given may be read only, and only during the call. ``v`` (Tensor, list, tuple or dict of float32, float64, bfloat16
-    or float16 tensors of any shape) is not modified. ``num_terms`` = K is the number of products; 0 gives alpha * v.
-    ``alpha`` (units 1/curvature) is a number, a 0-dim tensor, or ``"auto"``: 0.9 / lambda_max(A + damping I) by five
-    more products. ``damping`` = delta (units of curvature) is >= 0. 16-bit ``v`` is accumulated in float32.
+    given may be read only, and only during the call. A curvature operator that knows the sum in closed form is asked
+    for it. ``v`` (Tensor, list, tuple or dict of float32, float64, bfloat16 or float16 tensors of any shape) is not
+    modified. ``num_terms`` = K is the number of products; 0 gives alpha * v. ``alpha`` (units 1/curvature) is a number,
+    a 0-dim tensor, or ``"auto"``: 0.9 / lambda_max(A + damping I) by five more products. ``damping`` = delta (units of
+    curvature) is >= 0. 16-bit ``v`` is accumulated in float32.
 
     Returns new tensors like ``v``, without graph. Besides them the memory of one more ``v`` and of one product is used,
     and the device is waited for once, at the end. A series that diverges or meets NaN or Inf is returned as it is, with
@@ -83,58 +128,203 @@ def neumann_ihvp(
     _check(caller, num_terms, alpha, damping)
     flat, structure = _lists.flatten(caller, "v", v)
     _lists.check_floating(caller, structure.labels("v"), flat)
-    product = Product(caller, matvec, structure, flat)
-    outcome = series(product, flat, num_terms=num_terms, alpha=alpha, damping=damping)
+    system = System(Product(caller, matvec, structure, flat), flat)
+    outcome = series(system, num_terms=num_terms, alpha=alpha, damping=damping)
     warn(caller, judge(caller, outcome))
     result: SameTensors = structure.pack(outcome.value)
     return result
 
 
 def series(
-    product: Product, v: TensorList, *, num_terms: int, alpha: float | Tensor | Literal["auto"], damping: float
+    system: System,
+    *,
+    num_terms: int,
+    alpha: float | Tensor | Literal["auto"],
+    damping: float,
+    rtol: float = 0.0,
+    check_every: CheckEvery = None,
+    preconditioner: MatVec | None = None,
 ) -> Outcome:
-    """The series in two buffers: ``term`` holds (I - alpha A)^j v and ``total`` its sum, both updated in place."""
-    term = _working_copy(v)
-    if isinstance(alpha, str):
-        step = auto_alpha(product, term, damping)
-        for t, start in zip(term, v, strict=True):
-            t.copy_(start.detach())
+    """The series, in closed form where the operator has one."""
+    if preconditioner is None:
+        factor: _Factor = _Plain(system, damping)
     else:
-        step = alpha_tensor(alpha)
+        factor = _Preconditioned(system, damping, system.product.beside(preconditioner, "preconditioner"))
+    start = factor.start()
+    step = factor.largest_step(start) if isinstance(alpha, str) else alpha_tensor(alpha)
+    found = _closed_form(system, num_terms, step, damping) if preconditioner is None else None
+    limit = None
+    if found is None:
+        if rtol > 0:
+            limit = rtol * system.lengths(start)
+            limit = limit if system.norm is None else limit * _ratio(system.norm, system.lengths(system.v))
+        value, sq_norms = _summed(system, factor, start, step, num_terms, limit, looks(check_every, system.v))
+    else:
+        value, sq_norms = found
+    used = f"num_terms={{terms}}, alpha={{alpha}}, damping={damping:.4g}"
+    evidence = History(sq_norms, system.columns, used, _describe, step, limit)
+    value = [t.to(like.dtype) for t, like in zip(value, system.product.like, strict=True)]
+    return Outcome(value, evidence, factor.curvature(step), rtol)
+
+
+def _summed(
+    system: System, factor: _Factor, term: TensorList, step: Tensor, num_terms: int, limit: Tensor | None, look: int
+) -> tuple[TensorList, TensorList]:
+    """The sum in two buffers, both updated in place: ``term`` holds (I - alpha A)^j v, and ``total`` the sum of them.
+
+    Also the squared norms of the terms on each device. A term that follows one at its limit is made zero.
+    """
     total = [t.clone() for t in term]
     groups = _lists.by_device(term)
     steps = {device: step if step.device.type == "cpu" else step.to(device) for device in groups}
-    sq_norms = {device: _sq_norm_history(term, positions, num_terms) for device, positions in groups.items()}
+    histories = {device: _history(system, term, positions, num_terms) for device, positions in groups.items()}
+    used = 0
     for j in range(1, num_terms + 1):
-        av = product(term)
+        if limit is not None:
+            alive = _above(limit, [history[j - 1] for history in histories.values()])
+            if look and (j - 1) % look == 0 and not bool(alive.any()):
+                break
+            for t in term:
+                t.mul_(_broadcast(alive, t, system.columns))
+        av = factor(term)
         for device, positions in groups.items():
+            history = histories[device]
             _ops.neumann_step_(
                 [term[i] for i in positions],
                 [total[i] for i in positions],
                 [av[i] for i in positions],
                 steps[device],
-                damping=damping,
-                sq_norm=sq_norms[device][j],
+                damping=factor.fused_damping,
+                sq_norm=history[j] if system.columns is None else None,
             )
+            if system.columns is not None:
+                history[j] = _lists.norms([term[i] for i in positions]).square()
         del av
+        used = j
     for device, positions in groups.items():
         for i in positions:
             total[i].mul_(steps[device])
-    value = [t.to(start.dtype) for t, start in zip(total, v, strict=True)]
-    return Outcome(value, step, float(damping), sq_norms)
+    return total, [history[: used + 1] for history in histories.values()]
 
 
-def _working_copy(v: TensorList) -> TensorList:
-    """A copy to be updated in place, in the dtype the series is accumulated in."""
-    return [t.detach().to(_reference.opmath(t.dtype), copy=True) for t in v]
+class _Plain:
+    """The product with A, whose damping the fused step adds."""
+
+    def __init__(self, system: System, damping: float) -> None:
+        self.fused_damping = damping
+        self._system = system
+
+    def __call__(self, term: TensorList) -> TensorList:
+        return self._system.apply(term)
+
+    def start(self) -> TensorList:
+        return self._system.working_copy()
+
+    def largest_step(self, start: TensorList) -> Tensor:
+        """0.9 / lambda_max, by power iteration unless the operator knows it."""
+        known = self._system.product.largest_eigenvalue()
+        if known is not None:
+            return usable_step(0.9 / (known.detach().to(_lists.scalar_dtype(known.device)) + self.fused_damping))
+        return auto_alpha(self._system.product, _one_of(self._system, start), self.fused_damping)
+
+    def curvature(self, step: Tensor) -> Tensor:
+        """The norm of A + damping I, as far as it is known."""
+        return 1 / step
 
 
-def _sq_norm_history(term: TensorList, positions: list[int], num_terms: int) -> Tensor:
-    """A vector for the squared norm of each term on one device, with the first one filled in."""
-    norm = _lists.norm([term[i] for i in positions])
-    history = torch.zeros(num_terms + 1, dtype=norm.dtype, device=norm.device)
-    history[0] = norm.square()
+class _Preconditioned:
+    """The product with M (A + damping I)."""
+
+    fused_damping = 0.0
+
+    def __init__(self, system: System, damping: float, preconditioner: Product) -> None:
+        self._system = system
+        self._inner = system.beside(preconditioner)
+        self._damping = damping
+        self._largest = system.scalars()
+
+    def __call__(self, term: TensorList) -> TensorList:
+        shifted = self._shifted(term, self._system.apply(term))
+        lengths = self._system.lengths(term)
+        self._largest = torch.fmax(self._largest, _ratio(self._system.lengths(shifted), lengths))
+        return self._inner.apply(shifted)
+
+    def start(self) -> TensorList:
+        v = self._system.working_copy()
+        return [t.to(w.dtype, copy=True) for t, w in zip(self._inner.apply(v), v, strict=True)]
+
+    def largest_step(self, start: TensorList) -> Tensor:
+        """0.9 / lambda_max(M (A + damping I)), by power iteration."""
+        product, preconditioner = self._system.product, self._inner.product
+        return auto_alpha(
+            lambda term: preconditioner(self._shifted(term, product(term))), _one_of(self._system, start), 0.0
+        )
+
+    def curvature(self, step: Tensor) -> Tensor:
+        """The norm of A + damping I, as far as it was seen."""
+        return self._largest
+
+    def _shifted(self, term: TensorList, product: TensorList) -> TensorList:
+        return [a.to(t.dtype).add(t, alpha=self._damping) for a, t in zip(product, term, strict=True)]
+
+
+_Factor: TypeAlias = _Plain | _Preconditioned
+
+
+def _closed_form(system: System, num_terms: int, step: Tensor, damping: float) -> tuple[TensorList, TensorList] | None:
+    if system.columns is None:
+        found = system.product.series([t.detach() for t in system.v], num_terms, step, damping)
+        return None if found is None else (found[0], [found[1]])
+    sums, histories = [], []
+    for row in zip(*system.rows(), strict=True):
+        found = system.product.series(list(row), num_terms, step, damping)
+        if found is None:
+            return None
+        sums.append(found[0])
+        histories.append(found[1])
+    return (stacked(sums, system.v), [torch.stack(histories, dim=1)]) if sums else None
+
+
+def _one_of(system: System, start: TensorList) -> TensorList:
+    """A single list to start a power iteration from, in new memory."""
+    if system.columns is None:
+        return [t.clone() for t in start]
+    return [t[0].clone() if system.columns else t.new_zeros(t.shape[1:]) for t in start]
+
+
+def _history(system: System, term: TensorList, positions: list[int], num_terms: int) -> Tensor:
+    """Room for the squared norm of each term on one device, [n] or [n, k], with the first one filled in."""
+    norms = system.lengths([term[i] for i in positions])
+    history = torch.zeros((num_terms + 1, *norms.shape), dtype=norms.dtype, device=norms.device)
+    history[0] = norms.square()
     return history
+
+
+def _above(limit: Tensor, sq_norms: TensorList) -> Tensor:
+    """Which terms are still above their limit, NaN among them."""
+    total = torch.zeros_like(limit)
+    for part in sq_norms:
+        total = total + part.to(total.device)
+    return ~(total.sqrt() <= limit)
+
+
+def _broadcast(alive: Tensor, like: Tensor, columns: int | None) -> Tensor:
+    mask = alive.to(like.device, like.dtype)
+    return mask if columns is None else mask.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """The quotient, and 1 where b is zero."""
+    return torch.where(b > 0, a / b, torch.ones_like(b))
+
+
+def _describe(status: Status, used: str, radius: str) -> str:
+    end = "is not finite" if status is Status.non_finite else "diverges"
+    return (
+        f"the Neumann sum {end} ({used}); the spectral radius of I - alpha*(A + damping*I) must be below 1; got"
+        f" {radius}. Lower alpha, raise damping, use alpha='auto', or use a positive semi-definite curvature"
+        " (Gauss-Newton). The values are returned as they are."
+    )
 
 
 def _check(caller: str, num_terms: object, alpha: object, damping: object) -> None:

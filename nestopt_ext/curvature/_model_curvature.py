@@ -1,0 +1,160 @@
+"""Curvatures of the form J' H J, with J the Jacobian of what a model computes from a batch."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Generator
+from contextlib import closing
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _reference
+from .._operator import LowRank
+from .._types import TensorList
+from ._criteria import Criterion, Targets, recognize
+from ._evaluation import Evaluation, Replay
+from ._linearization import Linearization
+from ._model import Model, Params, batch_size, part_of
+from ._operator import CurvatureOperator
+from ._vjp import joined
+from .loss_hessian import LossHessian, as_targets, check_criterion
+
+#: Rows that are worth forming one by one.
+MAX_ROWS = 4096
+
+#: A Jacobian, and the matrix between it and its transpose.
+Piece = tuple[Linearization, LossHessian]
+
+
+class ModelCurvature(CurvatureOperator):
+    """The sum of J' H J over the parts of a batch: one, whose graph is kept, or several, computed for each product."""
+
+    def __init__(
+        self,
+        model: Callable[..., Tensor],
+        criterion: Callable[..., Tensor],
+        inputs: Any,
+        targets: Any,
+        params: Params,
+        microbatch: int | None,
+    ) -> None:
+        caller = type(self).__name__
+        self._model = Model(caller, model)
+        check_criterion(caller, criterion)
+        super().__init__(*self._model.choose(params))
+        self._criterion = criterion
+        self._inputs = inputs
+        self._targets = as_targets(targets)
+        self._replay = Replay()
+        if microbatch is None:
+            self._size = self._step = None
+            self._total: Tensor | int | None = None
+            with self._replay.run() as call:
+                self._whole: Piece | None = self._piece(call, inputs, self._targets)
+            return
+        if isinstance(microbatch, bool) or not isinstance(microbatch, int):
+            raise TypeError(f"{caller}: microbatch must be None or an int; got {microbatch!r}.")
+        if microbatch < 1:
+            raise ValueError(f"{caller}: microbatch must be at least 1; got {microbatch}.")
+        self._model.check_microbatch()
+        self._size = batch_size(caller, "inputs and targets", (inputs, self._targets))
+        self._step = min(microbatch, max(1, self._size))
+        self._whole = self._total = None
+        self._check_first_part(caller)
+
+    def _check_first_part(self, caller: str) -> None:
+        """Evaluates one part, for its faults, and finds what the whole batch is divided by."""
+        with self._replay.run() as call:
+            first = part_of(self._inputs, 0, self._step or 0), part_of(self._targets, 0, self._step or 0)
+            outputs = call(lambda: self._model.outputs(first[0])).value
+        known = self._known(outputs, first[1])
+        if known is None:
+            return
+        if known.spans_batch(outputs):
+            raise ValueError(
+                f"{caller}: microbatch must be None where the criterion has a weight for each example;"
+                f" got {self._step}. Shape the weight without the batch dimension, or scale the loss another way."
+            )
+        self._total = known.denominator(outputs, self._targets)
+
+    def _known(self, outputs: Tensor, targets: Targets) -> Criterion | None:
+        known = recognize(self._criterion)
+        return known if known is not None and known.accepts(outputs, targets) else None
+
+    def _share(self, rows: int) -> float:
+        """How much of a loss that is a mean over the batch a part of it makes up, by its examples."""
+        if self._size is None or getattr(self._criterion, "reduction", "mean") == "sum":
+            return 1.0
+        return rows / self._size
+
+    @abstractmethod
+    def _values(self, outputs: Tensor, targets: Targets) -> Tensor:
+        """What J is the Jacobian of; called with the model's outputs, in their evaluation."""
+
+    @abstractmethod
+    def _middle(self, outputs: Tensor, values: Tensor, targets: Targets) -> LossHessian:
+        """The matrix between J' and J; tensors come without graph."""
+
+    def _piece(self, call: Callable[[Callable[[], Any]], Evaluation], inputs: Any, targets: Targets) -> Piece:
+        caller = type(self).__name__
+
+        def both() -> tuple[Tensor, Tensor]:
+            outputs = self._model.outputs(inputs)
+            return outputs, self._values(outputs, targets)
+
+        evaluation = call(both)
+        outputs, values = evaluation.value
+        middle = self._middle(outputs.detach(), values.detach(), targets)
+        return Linearization(caller, "model", values, self._params, evaluation), middle
+
+    def _pieces(self) -> Generator[Piece, None, None]:
+        """The parts of the batch, one alive at a time."""
+        if self._whole is not None:
+            yield self._whole
+            return
+        assert self._size is not None and self._step is not None
+        with self._replay.run() as call:
+            for start in range(0, self._size, self._step):
+                stop = start + self._step
+                yield self._piece(call, part_of(self._inputs, start, stop), part_of(self._targets, start, stop))
+
+    def flat_product(self, v: TensorList) -> TensorList:
+        """J' H J v: two backward passes, one of them through the graph of another."""
+        return self._sum(lambda jacobian, middle: jacobian.backward(middle.product(jacobian.forward(v))))
+
+    def flat_products(self, v: TensorList) -> TensorList:
+        """The same for k lists at once."""
+        return self._sum(lambda jacobian, middle: jacobian.backwards(middle.products(jacobian.forwards(v))))
+
+    def _sum(self, product: Callable[[Linearization, LossHessian], TensorList]) -> TensorList:
+        if self._whole is not None:
+            return product(*self._whole)
+        total: TensorList | None = None
+        with closing(self._pieces()) as pieces:
+            for piece in pieces:
+                part = product(*piece)
+                del piece  # before the next one is made
+                if total is None:
+                    total = [t.to(_reference.opmath(t.dtype)) for t in part]
+                else:
+                    torch._foreach_add_(total, [t.to(s.dtype) for s, t in zip(total, part, strict=True)])
+        assert total is not None
+        return [t.to(p.dtype) for t, p in zip(total, self._params, strict=True)]
+
+    def flat_low_rank(self) -> LowRank | None:
+        """The rows S J with H = S' diag(c) S, at most 4096 of them; None beyond."""
+        rows: list[TensorList] = []
+        weights: TensorList = []
+        count = 0
+        with closing(self._pieces()) as pieces:
+            for jacobian, middle in pieces:
+                count += middle.outputs.numel()
+                factor = middle.factor() if count <= MAX_ROWS else None
+                if factor is None:
+                    return None
+                rows.append(jacobian.backwards(factor[0]))
+                weights.append(factor[1])
+                del jacobian, middle, factor
+        return LowRank(joined(rows, list), torch.cat(weights).to(self._params[0].dtype))

@@ -1,0 +1,88 @@
+"""The mean of the outer products of per-example gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._criteria import Targets
+from ._evaluation import check_scalar
+from ._gradient import named_faults
+from ._model import Params, batch_size, part_of
+from ._model_curvature import ModelCurvature
+from .loss_hessian import DiagonalLossHessian, LossHessian
+
+
+class EmpiricalFisher(ModelCurvature):
+    r"""The empirical Fisher matrix :math:`c \sum_n g_n g_n^\top` of ``criterion(model(inputs), targets)``, where the
+    loss is :math:`c \sum_n \ell_n` and :math:`g_n = d\ell_n / dw` in ``params`` w.
+
+    c is what the reduction multiplies the sum of the terms with. For "mean" it is 1/B for B rows of a cross-entropy,
+    where n runs over rows of classes, at any position ([N, C, d1] has N d1 of them). For losses that are a mean over
+    elements (MSE, BCE-with-logits, Poisson and Gaussian NLL) l_n is the sum over the elements of example n, and c is 1
+    over the number of elements. For "sum" c is 1. A cross-entropy with ``ignore_index`` or class weights divides by the
+    total weight, so c is 1 over that, and l_n carries the weight of its class. With these, the matrix is in the units
+    of the loss's Hessian and approaches it in expectation where the model is the true likelihood. Any other criterion
+    is called on one example at a time and taken to be a mean over examples, c = 1/B, or, if its ``reduction`` is "sum",
+    their sum.
+
+    All arguments, what is kept, ``microbatch`` and what is left untouched are as in :class:`GaussNewton`. The matrix is
+    positive semidefinite with rank at most the number of examples; for up to 4096 of them solvers may ask for the g_n.
+    A product costs about three backward passes.
+
+    Raises TypeError or ValueError for bad arguments, and RuntimeError, with the way out, where PyTorch has no second
+    derivative of the model.
+
+    Source: Martens, New insights and perspectives on the natural gradient method (2020), section 11, on how it differs
+    from the Fisher matrix. The scale agrees with the EF operator of curvlinops where that has neither class weights nor
+    ignored targets.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> _ = torch.nn.init.zeros_(model.weight)
+    >>> x, y = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([[1.0], [0.5]])
+    >>> EmpiricalFisher(model, torch.nn.MSELoss(), x, y).dense()        # g = -2 y x: ([-2, -4], [0, -1])
+    tensor([[2.0000, 4.0000],
+            [4.0000, 8.5000]])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Tensor],
+        criterion: Callable[..., Tensor],
+        inputs: Any,
+        targets: Any,
+        params: Params = None,
+        *,
+        microbatch: int | None = None,
+    ) -> None:
+        super().__init__(model, criterion, inputs, targets, params, microbatch)
+
+    def _values(self, outputs: Tensor, targets: Targets) -> Tensor:
+        known = self._known(outputs, targets)
+        if known is not None:
+            return known.terms(outputs, targets)
+        caller = "EmpiricalFisher"
+        count = batch_size(caller, "outputs and targets", (outputs, targets))
+        terms = []
+        for n in range(count):
+            with named_faults(caller, "criterion"):
+                term = self._criterion(outputs[n : n + 1], *part_of(targets, n, n + 1))
+            check_scalar(caller, "criterion", term)
+            terms.append(term.reshape(()))
+        return torch.stack(terms)
+
+    def _middle(self, outputs: Tensor, values: Tensor, targets: Targets) -> LossHessian:
+        known = self._known(outputs, targets)
+        if known is None:
+            mean = getattr(self._criterion, "reduction", "mean") == "mean"
+            denominator: Tensor | int = (self._size or len(values)) if mean else 1
+        else:
+            denominator = known.denominator(outputs, targets) if self._total is None else self._total
+        entries = torch.ones_like(values) / denominator
+        if isinstance(denominator, Tensor):  # 0 where all targets are ignored, and so are their gradients
+            entries = torch.where(denominator == 0, 0.0, entries)
+        return DiagonalLossHessian("empirical_fisher", values, entries)

@@ -1,0 +1,276 @@
+"""The Hessian of a loss in the outputs of a model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _functions, _lists
+from ._criteria import CrossEntropy, Elementwise, Targets, recognize
+from ._evaluation import check_scalar, observe
+from ._gradient import _refuse_error_nodes, named_faults
+from ._vjp import vjps
+
+#: Rows of a factor that are worth forming where it takes an eigendecomposition of the whole matrix.
+_MAX_DENSE_ROWS = 1024
+
+
+class LossHessian(ABC):
+    r"""The Hessian :math:`H = \partial^2 \ell / \partial z\,\partial z^\top` of a scalar loss in outputs z, as an
+    operator on tensors like them.
+
+    Made by :func:`loss_hessian`. ``name`` says which form it has: that of the closed form, such as "cross_entropy", or
+    "double_backward"; ``outputs`` are the outputs z it was made for.
+    """
+
+    def __init__(self, name: str, outputs: Tensor) -> None:
+        self.name = name
+        self.outputs = outputs
+
+    def __repr__(self) -> str:
+        return f"LossHessian({self.name}, {_lists.shape_name(self.outputs.shape)})"
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """H u, for ``u`` of the shape, dtype and device of the outputs; a new tensor, with a graph where grad mode is
+        on and ``u`` or the outputs have one.
+
+        Raises TypeError or ValueError unless ``u`` is like the outputs.
+        """
+        if not isinstance(u, Tensor):
+            raise TypeError(f"LossHessian: u must be a Tensor; got {_lists.value_name(u)}.")
+        _lists.check_like("LossHessian", ["u"], [u], [self.outputs])
+        return self._product(u)
+
+    @abstractmethod
+    def _product(self, u: Tensor) -> Tensor:
+        """H u, with a graph where there is one."""
+
+    def product(self, u: Tensor) -> Tensor:
+        """H u without graph, for a ``u`` that is known to fit."""
+        with torch.no_grad():
+            return self._product(u)
+
+    @abstractmethod
+    def products(self, u: Tensor) -> Tensor:
+        """H u for k tensors, [k, *shape of the outputs]; without graph."""
+
+    @abstractmethod
+    def factor(self) -> tuple[Tensor, Tensor] | None:
+        """S, [r, *shape of the outputs], and c, [r], with H = S' diag(c) S; None where that takes too long to find."""
+
+
+def loss_hessian(criterion: Callable[..., Tensor], outputs: Tensor, targets: Any) -> LossHessian:
+    r"""The Hessian of ``criterion(outputs, targets)`` in ``outputs``, in closed form where it is known.
+
+    ``criterion`` is one of these, as a module of exactly this type or as the function in torch.nn.functional, bare or
+    in a ``functools.partial`` with keyword arguments, with reduction "mean" or "sum":
+
+    - ``CrossEntropyLoss``, logits [C], [N, C] or [N, C, d1, ...], targets class indices or probabilities, with
+      ``weight``, ``ignore_index`` and ``label_smoothing``. Each row gives w (diag(p) - p p'), p the softmax, w the sum
+      over classes of class weight times target probability, over what the mean divides by; 0 for a row ignored.
+    - ``MSELoss``: 2. ``BCEWithLogitsLoss``, with ``weight`` and ``pos_weight``: p (1 - p) times those.
+      ``PoissonNLLLoss``: exp(z), or t / (z + eps)^2 with ``log_input=False``. ``GaussianNLLLoss``: 1 / max(var, eps).
+      Each on the diagonal, over the number of elements for the mean.
+
+    These are positive semidefinite (for weights >= 0 and Poisson counts >= 0). Any other callable, or options and
+    shapes not named here, are differentiated twice, and the result is whatever that loss has.
+
+    ``outputs`` (z) is a float32, float64, bfloat16 or float16 tensor, with or without graph. ``targets`` is what comes
+    after it: one argument, or a tuple of several, for GaussianNLLLoss (target, var). Nothing is modified, and the graph
+    of ``outputs`` stays alive. Products are differentiable in ``outputs`` and in u.
+
+    Raises TypeError or ValueError for bad arguments, and RuntimeError, with the way out, where PyTorch has no second
+    derivative of the criterion.
+
+    Source: Schraudolph, Fast curvature matrix-vector products for second-order gradient descent (2002), for the losses
+    that match their output nonlinearity.
+
+    >>> import torch
+    >>> hessian = loss_hessian(torch.nn.CrossEntropyLoss(), torch.zeros(1, 2), torch.tensor([0]))
+    >>> hessian(torch.tensor([[4.0, 0.0]]))                       # p = (1/2, 1/2)
+    tensor([[ 1., -1.]])
+    >>> hessian
+    LossHessian(cross_entropy, (1, 2))
+    """
+    check_criterion("loss_hessian", criterion)
+    if not isinstance(outputs, Tensor):
+        raise TypeError(f"loss_hessian: outputs must be a Tensor; got {_lists.value_name(outputs)}.")
+    _lists.check_floating("loss_hessian", ["outputs"], [outputs])
+    return make_loss_hessian("loss_hessian", criterion, outputs, as_targets(targets))
+
+
+def check_criterion(caller: str, criterion: object) -> None:
+    """It is callable, and reduces its terms to one number."""
+    if not callable(criterion):
+        got = _lists.value_name(criterion)
+        raise TypeError(f"{caller}: criterion must be a callable on (outputs, targets); got {got}.")
+    known = recognize(criterion)
+    reduction = known.reduction if known is not None else getattr(criterion, "reduction", "mean")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"{caller}: criterion must have reduction 'mean' or 'sum'; got {reduction!r}.")
+
+
+def as_targets(targets: Any) -> Targets:
+    """The arguments of a criterion after the outputs."""
+    return tuple(targets) if isinstance(targets, tuple | list) else (targets,)
+
+
+def make_loss_hessian(
+    caller: str,
+    criterion: Callable[..., Tensor],
+    outputs: Tensor,
+    targets: Targets,
+    denominator: Tensor | int | None = None,
+) -> LossHessian:
+    """The same on checked arguments; ``denominator`` replaces that of a known criterion, for a part of a batch."""
+    known = recognize(criterion)
+    if known is None or not known.accepts(outputs, targets):
+        return _DoubleBackward(caller, criterion, outputs, targets)
+    if denominator is None:
+        denominator = known.denominator(outputs, targets)
+    if isinstance(known, CrossEntropy):
+        return _Softmax(known, outputs, targets, denominator)
+    assert isinstance(known, Elementwise)
+    return DiagonalLossHessian(known.name, outputs, known.second(outputs, targets) / denominator)
+
+
+class _Softmax(LossHessian):
+    """w (diag(p) - p p') for each row of logits."""
+
+    def __init__(self, known: CrossEntropy, outputs: Tensor, targets: Targets, denominator: Tensor | int) -> None:
+        super().__init__(known.name, outputs)
+        self._rows = known.rows
+        self._dim = 0 if outputs.dim() == 1 else 1
+        self._row_weight = known.row_weight(outputs, targets, denominator)
+
+    def _product(self, u: Tensor) -> Tensor:
+        rows = _functions.softmax_hessian(self._rows(self.outputs), u.movedim(self._dim, -1), self._row_weight)
+        return rows.movedim(-1, self._dim)
+
+    def products(self, u: Tensor) -> Tensor:
+        with torch.no_grad():
+            rows = u.movedim(self._dim + 1, -1)
+            logits = self._rows(self.outputs).expand(rows.shape)
+            weight = self._row_weight.expand(rows.shape[:-1])
+            return _functions.softmax_hessian(logits, rows, weight).movedim(-1, self._dim + 1)
+
+    def factor(self) -> tuple[Tensor, Tensor]:
+        """From diag(p) - p p' = (diag(q) - p q')(diag(q) - p q')', q the square root of p."""
+        with torch.no_grad():
+            logits = self._rows(self.outputs)
+            p = logits.to(self._row_weight.dtype).softmax(-1)
+            count, classes = self._row_weight.numel(), p.shape[-1]
+            p = p.reshape(count, classes)
+            root = p.sqrt()
+            blocks = torch.diag_embed(root) - root.unsqueeze(2) * p.unsqueeze(1)  # [row, column of the factor, class]
+            full = p.new_zeros(count, classes, count, classes)
+            index = torch.arange(count, device=p.device)
+            full[index, :, index, :] = blocks
+            shape = (count * classes, *logits.shape)
+            factor = full.view(shape).movedim(-1, self._dim + 1).to(self.outputs.dtype)
+            return factor, self._row_weight.reshape(-1).repeat_interleave(classes)
+
+
+class DiagonalLossHessian(LossHessian):
+    """A number for each output."""
+
+    def __init__(self, name: str, outputs: Tensor, entries: Tensor) -> None:
+        super().__init__(name, outputs)
+        self._entries = entries.to(outputs.dtype)
+
+    def _product(self, u: Tensor) -> Tensor:
+        return self._entries * u
+
+    def products(self, u: Tensor) -> Tensor:
+        """The entries times each of k tensors."""
+        with torch.no_grad():
+            return self._entries * u
+
+    def factor(self) -> tuple[Tensor, Tensor]:
+        """The unit vectors, and the entries."""
+        size = self.outputs.numel()
+        units = torch.eye(size, dtype=self.outputs.dtype, device=self.outputs.device)
+        return units.view(size, *self.outputs.shape), self._entries.detach().reshape(-1)
+
+
+class _DoubleBackward(LossHessian):
+    """The derivative of the gradient of any criterion."""
+
+    def __init__(self, caller: str, criterion: Callable[..., Tensor], outputs: Tensor, targets: Targets) -> None:
+        super().__init__("double_backward", outputs)
+        self._caller = caller
+        # A view of its own cuts off what else the loss may depend on, but not the outputs' own graph.
+        self._outputs = outputs.view_as(outputs) if outputs.requires_grad else outputs.detach().requires_grad_()
+        with named_faults(caller, "criterion"):
+            loss = observe(lambda: criterion(self._outputs, *targets)).value
+        check_scalar(caller, "criterion", loss)
+        self._gradient = gradient_in_outputs(caller, "criterion", loss, self._outputs)
+
+    def _product(self, u: Tensor) -> Tensor:
+        return hessian_product(self._caller, "criterion", self._gradient, self._outputs, u)
+
+    def products(self, u: Tensor) -> Tensor:
+        if not self._gradient.requires_grad:
+            return torch.zeros_like(u)
+        with named_faults(self._caller, "criterion"):
+            return vjps([self._gradient], [self._outputs], [u])[0]
+
+    def factor(self) -> tuple[Tensor, Tensor] | None:
+        size = self.outputs.numel()
+        if size > _MAX_DENSE_ROWS:
+            return None
+        units = torch.eye(size, dtype=self.outputs.dtype, device=self.outputs.device)
+        dense = self.products(units.view(size, *self.outputs.shape)).reshape(size, size)
+        wide = dense.to(_lists.scalar_dtype(dense.device))
+        values, vectors = torch.linalg.eigh((wide + wide.T) / 2)
+        return vectors.T.to(dense.dtype).reshape(size, *self.outputs.shape), values.to(dense.dtype)
+
+
+class ScaledLossHessian(LossHessian):
+    """The Hessian of a part of a loss, which counts ``scale`` times."""
+
+    def __init__(self, hessian: LossHessian, scale: float) -> None:
+        super().__init__(hessian.name, hessian.outputs)
+        self._hessian = hessian
+        self._scale = scale
+
+    def _product(self, u: Tensor) -> Tensor:
+        return self._scale * self._hessian._product(u)
+
+    def products(self, u: Tensor) -> Tensor:
+        """The part's, scaled."""
+        return self._scale * self._hessian.products(u)
+
+    def factor(self) -> tuple[Tensor, Tensor] | None:
+        """The part's, with scaled weights."""
+        found = self._hessian.factor()
+        return None if found is None else (found[0], self._scale * found[1])
+
+
+def gradient_in_outputs(caller: str, name: str, loss: Tensor, outputs: Tensor) -> Tensor:
+    """The gradient of ``loss`` in ``outputs`` with its graph."""
+    with torch.enable_grad(), named_faults(caller, name):
+        # A seed that requires grad makes every once_differentiable function leave its error node in the graph.
+        seed = torch.ones_like(loss, requires_grad=True)
+        (gradient,) = torch.autograd.grad(loss, outputs, seed, create_graph=True, allow_unused=True)
+        if gradient is None:
+            raise ValueError(
+                f"{caller}: {name} must be computed from outputs; got a loss that does not depend on that tensor."
+            )
+        _refuse_error_nodes([gradient])
+    return gradient
+
+
+def hessian_product(caller: str, name: str, gradient: Tensor, outputs: Tensor, u: Tensor) -> Tensor:
+    """The derivative of the gradient times ``u``, with a graph where grad mode is on; zeros for a linear loss."""
+    found = None
+    if gradient.requires_grad:
+        with named_faults(caller, name):
+            (found,) = torch.autograd.grad(
+                gradient, outputs, u, retain_graph=True, create_graph=torch.is_grad_enabled(), allow_unused=True
+            )
+    return torch.zeros_like(outputs, requires_grad=False) if found is None else found
