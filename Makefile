@@ -77,7 +77,7 @@ $(VENV)/bin/python:
 $(VENV)/.torch: FORCE | $(VENV)/bin/python
 	@echo '$(TORCH) $(TORCH_INDEX)' | cmp -s - $@ || echo '$(TORCH) $(TORCH_INDEX)' > $@
 
-$(VENV)/.ready: $(VENV)/.torch requirements/build.txt requirements/experiments.txt requirements/test.txt
+$(VENV)/.ready: $(VENV)/.torch requirements/build.txt requirements/experiments.txt requirements/test.txt requirements/peers.txt
 	@$(SAY) "installing $(TORCH)"
 	@index="$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))"; \
 	if $(PIP) install -q --dry-run --report - $(PIP_ARGS) $$index "$(TORCH)" 2> /dev/null | grep -q '"name": "nvidia'; then \
@@ -86,7 +86,9 @@ $(VENV)/.ready: $(VENV)/.torch requirements/build.txt requirements/experiments.t
 	fi; \
 	$(PIP) install -q $(PIP_ARGS) $$index "$(TORCH)"
 	@$(SAY) "installing the tools that build and test (requirements/*.txt)"
-	@$(PIP) install -q $(PIP_ARGS) $(addprefix -r ,$(filter requirements/%,$^))
+	@$(PIP) install -q $(PIP_ARGS) $(addprefix -r ,$(filter-out %/peers.txt,$(filter requirements/%,$^)))
+	@$(SAY) "installing the packages to compare with (requirements/peers.txt)"
+	@$(PIP) install -q --no-deps $(PIP_ARGS) -r requirements/peers.txt || echo "Not installed: comparisons with them are left out."
 	@touch $@
 
 $(VENV)/.ready-lint: requirements/lint.txt | $(READY)

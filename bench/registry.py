@@ -19,7 +19,9 @@ class Contestant:
     name: str
     role: str  # OURS is held to the goals, a BASELINE does the same work, a YARDSTICK only moves as many bytes
     step: Callable[[], object]
-    bytes_moved: int  # least traffic of one step: every word of its state read or written once
+    bytes_moved: (
+        int  # least traffic of one step: every word of its state read or written once; 0 where that says nothing
+    )
     written: Callable[[], Sequence[Tensor]] = tuple  # what the steps update
     expected: Callable[[int], Sequence[Tensor]] | None = None  # the reference's, after so many steps, in float64
     tolerance: float = 8.0  # largest error, in units of eps(dtype) * (1 + |expected|)

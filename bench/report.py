@@ -56,7 +56,7 @@ def _cells(row: Row, on_cuda: bool) -> list[str]:
     cells = [
         name,
         _time(row.seconds),
-        f"{row.gb_per_second:.1f}",
+        f"{row.gb_per_second:.1f}" if row.bytes_moved else "",
         f"{quotient.median:.2f} [{quotient.p10:.2f} {quotient.p90:.2f}]" if quotient else "",
         f"{row.extra_bytes / 1e6:.1f} MB" if row.extra_bytes >= 1e5 else "0",
     ]

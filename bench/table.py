@@ -17,7 +17,8 @@ def main(path: str) -> None:
         quotients = "; ".join(f"{row['name']}{_mark(row)} {_ratio(row['ours_over_this'])}" for row in others)
         milliseconds = ours["seconds"]["median"] * 1e3
         print(f"| {result['case']} | {result['threads']} | {milliseconds:.3g} ms{_mark(ours)}", end=" ")
-        print(f"| {ours['gb_per_second']:.1f} | {quotients} |")
+        bandwidth = f"{ours['gb_per_second']:.1f}" if ours["bytes_moved"] else ""
+        print(f"| {bandwidth} | {quotients} |")
     print("\n| goal | case | threads | at most | measured | |")
     print("| --- | --- | --- | --- | --- | --- |")
     for result in results:

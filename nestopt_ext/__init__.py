@@ -5,13 +5,16 @@ Products       hvp, ggnvp, loss_hessian
 Curvature      Hessian, GaussNewton, EmpiricalFisher, RankOne, KFAC, Diagonal; OverBatches, all_reduced
 Inverses       neumann_ihvp, cg_ihvp, solve; Neumann, ConjugateGradient, Identity, Exact, FixedPoint, Nystrom, Woodbury;
                Solution, Status
-Hypergradients hypergradient, best_response
+Hypergradients hypergradient, best_response, FixedPointMap; unrolled, gradient_step; hoag, BilevelLoop;
+               check_hypergradient, estimate_cost
 Games          games
 This build     native_status, build_info
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import _ops as _ops
-from . import games as games
 from ._library import build_info, native_status
 from ._version import __version__
 from .curvature import (
@@ -27,7 +30,17 @@ from .curvature import (
     hvp,
     loss_hessian,
 )
-from .hypergrad import best_response, hypergradient
+from .hypergrad import (
+    BilevelLoop,
+    FixedPointMap,
+    best_response,
+    check_hypergradient,
+    estimate_cost,
+    gradient_step,
+    hoag,
+    hypergradient,
+    unrolled,
+)
 from .optim import ComplexAdam, ComplexSGD, ExtraAdam, ExtraSGD, OptimisticAdam, OptimisticSGD, effective_lr
 from .solvers import (
     ConjugateGradient,
@@ -44,8 +57,12 @@ from .solvers import (
     solve,
 )
 
+if TYPE_CHECKING:
+    from . import games as games
+
 __all__ = [
     "KFAC",
+    "BilevelLoop",
     "ComplexAdam",
     "ComplexSGD",
     "ConjugateGradient",
@@ -55,6 +72,7 @@ __all__ = [
     "ExtraAdam",
     "ExtraSGD",
     "FixedPoint",
+    "FixedPointMap",
     "GaussNewton",
     "Hessian",
     "Identity",
@@ -72,13 +90,25 @@ __all__ = [
     "best_response",
     "build_info",
     "cg_ihvp",
+    "check_hypergradient",
     "effective_lr",
+    "estimate_cost",
     "games",
     "ggnvp",
+    "gradient_step",
+    "hoag",
     "hvp",
     "hypergradient",
     "loss_hessian",
     "native_status",
     "neumann_ihvp",
     "solve",
+    "unrolled",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # A room of its own, which most users never enter.
+    if name == "games":
+        return importlib.import_module(f"{__name__}.games")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,8 +20,8 @@ def softmax_hessian(logits: Tensor, u: Tensor, row_weight: Tensor) -> Tensor:
     This is :math:`\partial^2 / \partial z^2` of :math:`w \cdot \mathrm{CE}(z, t)` whatever the target t: class indices,
     probabilities and label smoothing drop out, class weights and ``ignore_index`` only enter w.
 
-    ``logits`` (z) and ``u`` are [..., C] with the same shape, float32, float64, bfloat16 or float16; ``u`` has the dtype
-    of ``logits``, or float32 beside 16 bits. ``row_weight`` (w) is [...], float32 or float64. Returns a new tensor like
+    ``logits`` (z) and ``u`` are [..., C] of one shape, float32, float64, bfloat16 or float16; ``u`` has the dtype of
+    ``logits``, or float32 beside 16 bits. ``row_weight`` (w) is [...], float32 or float64. Returns a new tensor like
     ``u``; nothing is modified. Differentiable to any order in all three, in reverse and forward mode, and under
     ``torch.vmap``.
 
@@ -64,7 +64,7 @@ def _update_(u: Tensor, logits: Tensor, row_weight: Tensor) -> None:
 
 
 def _centred(p: Tensor, x: Tensor) -> Tensor:
-    """X less its mean under p."""
+    """The deviation of x from its mean under p."""
     return x - (p * x).sum(-1, keepdim=True)
 
 
@@ -99,11 +99,14 @@ class _SoftmaxHessian(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.set_materialize_grads(False)  # a tangent of zeros would meet the NaN of a row of no weight
         ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if grad is None:
+            return None, None, None
         logits, u, row_weight = ctx.saved_tensors
         of_logits = of_u = of_weight = None
         if ctx.needs_input_grad[0]:

@@ -4,6 +4,7 @@ Every public function accepts a Tensor, a list, a tuple or a dict of tensors (an
 iterable such as ``model.parameters()``), works on a flat list, and packs what it returns the way it came.
 """
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,25 +93,33 @@ def flatten(caller: str, name: str, tensors: object) -> tuple[TensorList, Struct
     """The tensors as a list, with the structure that packs them again; TypeError for anything that is not tensors."""
     if isinstance(tensors, Tensor):
         return [tensors], Structure(("",), None, True, lambda flat: flat[0])
-    if isinstance(tensors, torch.nn.ParameterDict):
-        tensors = dict(tensors.items())
-    if isinstance(tensors, Mapping):
+    if isinstance(tensors, list | tuple):  # first, since the checks of the rest take longer
+        flat = list(tensors)
+        structure = Structure(_positions(len(flat)), None, False, _pack_sequence(tensors))
+    elif isinstance(tensors, torch.nn.ParameterDict):
+        return flatten(caller, name, dict(tensors.items()))
+    elif isinstance(tensors, Mapping):
         keys = tuple(tensors)
         structure = Structure(tuple(f"[{key!r}]" for key in keys), keys, False, _pack_mapping(tensors, keys))
         flat = list(tensors.values())
     elif isinstance(tensors, Iterable) and not isinstance(tensors, str | bytes):
         flat = list(tensors)
-        structure = Structure(tuple(f"[{i}]" for i in range(len(flat))), None, False, _pack_sequence(tensors))
+        structure = Structure(_positions(len(flat)), None, False, _pack_sequence(tensors))
     else:
         remedy = (
             " Pass its parameters: dict(module.named_parameters())." if isinstance(tensors, torch.nn.Module) else ""
         )
         got = value_name(tensors)
         raise TypeError(f"{caller}: {name} must be a Tensor, or a list, tuple or dict of tensors; got {got}.{remedy}")
-    for label, tensor in zip(structure.labels(name), flat, strict=True):
+    for suffix, tensor in zip(structure.suffixes, flat, strict=True):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{caller}: {label} must be a Tensor; got {value_name(tensor)}.")
+            raise TypeError(f"{caller}: {name}{suffix} must be a Tensor; got {value_name(tensor)}.")
     return flat, structure
+
+
+@functools.lru_cache
+def _positions(count: int) -> tuple[str, ...]:
+    return tuple(f"[{i}]" for i in range(count))
 
 
 def _pack_mapping(like: Mapping[str, Tensor], keys: tuple[str, ...]) -> Callable[[Sequence[Tensor]], Any]:
@@ -181,12 +190,12 @@ def by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
 
 def unshare(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> TensorList:
     """The tensors without graph, cloned where they live in the memory of one of ``others``."""
-    taken = {_address(t) for t in others if t.numel()}
-    return [t.detach().clone() if t.numel() and _address(t) in taken else t.detach() for t in tensors]
+    taken = {_address(t) for t in others}
+    return [t.detach().clone() if _address(t) in taken and t.numel() else t.detach() for t in tensors]
 
 
-def _address(tensor: Tensor) -> tuple[torch.device, int]:
-    return tensor.device, tensor.untyped_storage().data_ptr()
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()  # of another device it is another; 0, where there is nothing to share
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[list[float]]:
@@ -229,7 +238,9 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     for positions in by_device(tensors).values():
         group = [tensors[i].detach() for i in positions]
         norms = torch._foreach_norm(group, dtype=scalar_dtype(group[0].device))
-        parts.append(torch.linalg.vector_norm(torch.stack(list(norms))))
+        parts.append(torch.linalg.vector_norm(torch.stack(norms)))
+    if len(parts) == 1:
+        return parts[0]
     return _total([p.square() for p in parts]).sqrt()
 
 

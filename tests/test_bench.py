@@ -1,6 +1,7 @@
 """The benchmarks: a wrong op is never timed, figures are computed rightly, the command line says what it wants."""
 
 import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import registry, results, run, timing
+from bench import plot, registry, results, run, timing
 from bench.registry import OURS, YARDSTICK, Case, Contestant, Goal, Setting
 from bench.timing import Samples, Spread
 
@@ -63,7 +64,41 @@ def test_every_contestant_is_right_or_left_out_by_name(name):
     # torch's fused step on a CPU misreads gradients of another layout, and leaves bfloat16 params where they were.
     assert all(fault.startswith("SGD fused") for fault in faults), faults
     for goal in registry.CASES[name].goals:
-        assert goal.against is None or goal.against in names
+        assert goal.against is None or goal.against in [*names, *field.left_out]
+
+
+def test_a_hypergradient_that_is_a_little_off_is_found():
+    field = registry.CASES["hypergradient/mlp-K5"].build(Setting(torch.device("cpu"), quick=True))
+    ours = field.contestants[0]
+    ours.step()
+    assert registry.wrong_by(ours, 1) <= ours.tolerance
+    right = ours.written
+    for change, fault in ((lambda t: t * 1.001, True), (lambda t: t * (1 + 1e-7), False)):
+        other = dataclasses.replace(ours, written=lambda change=change: [change(t) for t in right()])
+        assert (registry.wrong_by(other, 1) > other.tolerance) == fault
+
+
+def test_peers_that_are_not_installed_are_left_out_by_name(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchopt" else find(name))
+    field = registry.CASES["hypergradient/mlp-K20"].build(Setting(torch.device("cpu"), quick=True))
+    assert field.left_out["TorchOpt"] == "torchopt is not installed"
+    assert "TorchOpt" not in [c.name for c in field.contestants]
+
+
+def test_time_against_products_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    figures, picture = tmp_path / "figures.json", tmp_path / "out.png"
+    line = ["--quick", "--threads", "1", "--json", str(figures), "--update", "--case"]
+    for case in ("hypergradient/logistic-K1", "hypergradient/logistic-K5"):
+        assert run.main([*line, case]) == 0
+    plot.main(str(figures), str(picture))
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+    (lines,) = plot._panels(json.loads(figures.read_text(encoding="utf-8"))["results"]).values()
+    assert {len(points) for points in lines.values()} == {2} and "autograd + _foreach" in lines
+    figures.write_text(json.dumps({"results": []}), encoding="utf-8")
+    with pytest.raises(SystemExit, match="got none"):
+        plot.main(str(figures), str(picture))
 
 
 def wrong(how):

@@ -190,7 +190,7 @@ def test_overwrite_on_a_full_disk_keeps_the_finished_run(copied, capsys, monkeyp
         raise OSError(28, "No space left on device")
 
     before = content(copied)
-    monkeypatch.setattr("nestopt_ext.experiments.checkpoint.os.fsync", full)
+    monkeypatch.setattr("nestopt_ext._checkpoint.os.fsync", full)
     assert run("tune", *SMALL, "--output", str(copied), "--overwrite") == 1
     assert "No space left" in capsys.readouterr().err and content(copied) == before
     assert run("tune", *SMALL, "--output", str(copied.parent / "new" / "deep")) == 1

@@ -161,7 +161,7 @@ def test_overwrite_on_a_full_disk_keeps_the_finished_run(tmp_path, capsys, monke
     folder = tmp_path / "o"
     assert run("dirac", *SMALL["dirac"], "--output", str(folder)) == 0
     before = content(folder)
-    monkeypatch.setattr("nestopt_ext.experiments.checkpoint.os.fsync", full)
+    monkeypatch.setattr("nestopt_ext._checkpoint.os.fsync", full)
     assert run("dirac", *SMALL["dirac"], "--output", str(folder), "--overwrite") == 1
     assert "No space left" in capsys.readouterr().err and content(folder) == before
     assert run("dirac", *SMALL["dirac"], "--output", str(tmp_path / "new" / "deep")) == 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import nestopt_ext as nx
-from nestopt_ext.experiments.checkpoint import CheckpointError
+from nestopt_ext._checkpoint import CheckpointError
 from nestopt_ext.experiments.config import ConfigError
 from nestopt_ext.experiments.games import mixture_plots
 from nestopt_ext.experiments.games.mixture import mixture, num_pieces

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nestopt_ext.experiments import TuneConfig, checkpoint, config, data, report, tune
-from nestopt_ext.experiments.checkpoint import CheckpointError
+from nestopt_ext import _checkpoint as checkpoint
+from nestopt_ext._checkpoint import CheckpointError
+from nestopt_ext._json_log import JsonLog
+from nestopt_ext.experiments import TuneConfig, config, data, report, tune
 from nestopt_ext.experiments.config import ConfigError
 from nestopt_ext.experiments.plots import save_picture
 from nestopt_ext.experiments.problems import PerWeightDecay, example_weights
@@ -283,7 +285,7 @@ def test_ill_typed_checkpoint_is_refused_in_one_line_or_harmless(tmp_path, monke
     setting = dataclasses.replace(setting, steps=6)
     with contextlib.suppress(Interrupted):
         tune(setting, tmp_path, should_stop=StopAfter(stop))
-    state = checkpoint.load(tmp_path / "checkpoint.pt", 2)
+    state = checkpoint.load(tmp_path / "checkpoint.pt", 3)
     log, inputs, refused = (tmp_path / "log.jsonl").read_bytes(), load_inputs(setting), 0
     for path, wrong in changes(state):
         (tmp_path / "log.jsonl").write_bytes(log)
@@ -303,7 +305,7 @@ def test_ill_typed_checkpoint_is_refused_in_one_line_or_harmless(tmp_path, monke
 )
 def test_checkpoint_without_a_part_is_refused(tmp_path, whole, dropped):
     shutil.copytree(whole[1], tmp_path, dirs_exist_ok=True)
-    state = checkpoint.load(tmp_path / "checkpoint.pt", 2)
+    state = checkpoint.load(tmp_path / "checkpoint.pt", 3)
     torch.save({key: value for key, value in state.items() if key != dropped}, tmp_path / "checkpoint.pt")
     with pytest.raises(CheckpointError, match=r"checkpoint\.pt: "):
         tune(TINY, tmp_path, resume=True)
@@ -333,7 +335,7 @@ def test_failed_save_leaves_the_earlier_checkpoint_whole(tmp_path, monkeypatch, 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"nestopt_ext.experiments.checkpoint.os.{failing}", full)
+    monkeypatch.setattr(f"nestopt_ext._checkpoint.os.{failing}", full)
     with pytest.raises(CheckpointError, match=r"c\.pt: cannot be written: No space left"):
         checkpoint.save(path, {"version": 1, "x": 2})
     monkeypatch.undo()
@@ -359,7 +361,7 @@ def test_log_follows_its_schema(whole):
 
 
 def test_log_writes_null_for_what_json_cannot_say(tmp_path):
-    with report.JsonLog(tmp_path / "l.jsonl") as log:
+    with JsonLog(tmp_path / "l.jsonl") as log:
         log.write("point", x=math.nan, y=[math.inf, 1.0])
     assert json.loads((tmp_path / "l.jsonl").read_text()) == {"event": "point", "x": None, "y": [None, 1.0]}
 
@@ -367,7 +369,7 @@ def test_log_writes_null_for_what_json_cannot_say(tmp_path):
 def test_log_that_lost_lines_is_refused(tmp_path):
     (tmp_path / "l.jsonl").write_bytes(b"{}\n")
     with pytest.raises(OSError, match="must hold the 10 bytes"):
-        report.JsonLog(tmp_path / "l.jsonl", 10)
+        JsonLog(tmp_path / "l.jsonl", 10)
 
 
 @pytest.mark.parametrize("plain", [False, True])

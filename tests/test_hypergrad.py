@@ -22,7 +22,7 @@ from torch import nn
 
 from nestopt_ext.curvature import Hessian
 from nestopt_ext.hypergrad import best_response, hypergradient
-from nestopt_ext.solvers import Identity, Neumann
+from nestopt_ext.solvers import Exact, Identity, Neumann
 
 MANY = 400
 
@@ -180,10 +180,18 @@ def test_curvature_sees_the_structure_of_params_and_its_faults_are_named():
         hypergradient(*problem.losses(), problem.params, problem.hparams, solver=Neumann(2, 0.1), curvature=wrong)
     w, h = leaf(torch.ones((), dtype=F64)), leaf(torch.ones((), dtype=F64))
     loss = w**2 - h * w
-    with pytest.raises(TypeError, match=r"^Hessian: v must be a Tensor; got list\. Pass its only element\.$"):
-        hypergradient(loss, loss, [w], h, curvature=Hessian(loss, w))
+    with pytest.raises(ValueError, match=r"^Hessian: params must be the 1 tensors the operator was made for; got 1"):
+        hypergradient(loss, loss, w, h, curvature=Hessian(lambda: h**2, h))
     with pytest.raises(TypeError, match=r"^hypergradient: curvature must be None or a callable"):
         hypergradient(*problem.losses(), problem.params, problem.hparams, curvature="ggn")
+
+
+def test_an_operator_may_hold_its_params_in_another_order_and_structure():
+    problem = PROBLEMS["named_ridge"]()
+    outer, inner = problem.losses()
+    turned = Hessian(inner, [problem.params["bias"], problem.params["weight"]])
+    found = hypergradient(outer, inner, problem.params, problem.hparams, solver=Exact(), curvature=turned)
+    assert relative_error(found, problem.hypergradient) < 1e-12
 
 
 # ---- which hparams --------------------------------------------------------------------------------------------------

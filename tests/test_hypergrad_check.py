@@ -33,7 +33,7 @@ def test_healthy_problems_have_no_findings(name, solver):
     assert report.error < 1e-9 and report.finite_difference_error < 1e-7
     assert 1 - report.cosine < 1e-12 and 1 - report.finite_difference_cosine < 1e-12
     found = hypergradient(*problem.closures(), problem.params, problem.hparams, solver=solver)
-    assert all_same_bits(report.hypergradient, found)
+    assert relative_error(report.hypergradient, found) < 1e-13  # products may be recorded in one and not in the other
     eigenvalues = torch.linalg.eigvalsh(problem.hessian)
     assert report.hessian_eigenvalues == pytest.approx((float(eigenvalues[0]), float(eigenvalues[-1])), rel=1e-9)
     assert str(report).endswith("agrees: nothing is off")

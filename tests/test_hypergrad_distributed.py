@@ -12,7 +12,7 @@ from processes import Processes
 
 import nestopt_ext as nx
 from nestopt_ext.curvature import all_reduced
-from nestopt_ext.solvers import Identity, Neumann, solve
+from nestopt_ext.solvers import ConjugateGradient, Exact, FixedPoint, Identity, Neumann, Nystrom, solve
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
@@ -26,6 +26,9 @@ SOLVERS = {
     "neumann": Neumann(num_terms=6),
     "fixed alpha": Neumann(num_terms=6, alpha=0.2, damping=0.1),
     "identity": Identity(alpha=0.3),
+    "conjugate gradients": ConjugateGradient(max_iters=5, damping=1.0),
+    "exact": Exact(damping=1.0),
+    "nystrom": Nystrom(rank=4, damping=2.0),
 }
 
 
@@ -104,6 +107,76 @@ def ranks_agree_and_equal_one_process(rank, solver, form):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_ranks_agree_and_equal_one_process(processes, solver, form):
     processes.call(ranks_agree_and_equal_one_process, solver=solver, form=form)
+
+
+CURVATURES = {
+    "gauss-newton": lambda model, x, y, group: nx.GaussNewton(model, torch.nn.MSELoss(), x, y[:, None]),
+    "empirical fisher": lambda model, x, y, group: nx.EmpiricalFisher(model, torch.nn.MSELoss(), x, y[:, None]),
+    "sum": lambda model, x, y, group: (
+        2 * nx.GaussNewton(model, torch.nn.MSELoss(), x, y[:, None], list(model.parameters()))
+        + nx.Diagonal([torch.ones_like(p) for p in model.parameters()], model.parameters())
+    ).damped(0.1),
+    "rank one": lambda model, x, y, group: nx.RankOne(
+        torch.nn.functional.mse_loss(model(x), y[:, None]), model.parameters(), process_group=group
+    ),
+    "callable": lambda model, x, y, group: lambda v: [x.square().mean() * t for t in v],
+}
+
+
+def curvatures_are_averaged(rank, name):
+    model = network()
+    params = list(model.parameters())
+    found = []
+    for group in (world(), None):
+        log_decay = torch.full((4,), -1.0, dtype=F64, requires_grad=True)
+        data = (X, Y, X_OUT, Y_OUT) if group is None else [share(t, rank) for t in (X, Y, X_OUT, Y_OUT)]
+        curvature = CURVATURES[name](model, *data[:2], group)
+        arguments = (*losses(model, log_decay, *data), params, [log_decay])
+        solver = Neumann(num_terms=4, alpha=0.1, damping=0.5)
+        found.append(nx.hypergradient(*arguments, solver=solver, curvature=curvature, process_group=group))
+    assert same_on_all_ranks(found[0])
+    assert relative_error(*found) < 1e-12
+
+
+@pytest.mark.parametrize("name", CURVATURES)
+def test_curvatures_are_averaged(processes, name):
+    processes.call(curvatures_are_averaged, name=name)
+
+
+def what_is_no_mean_over_examples_is_refused(rank):
+    model = network()
+    params = list(model.parameters())
+    rank_one = nx.RankOne(model(X).square().mean(), params)
+    kfac = nx.KFAC(model, torch.nn.MSELoss(), X, Y[:, None])
+    for operator in (rank_one, kfac, 2 * rank_one, kfac.damped(0.1)):
+        with pytest.raises(ValueError, match="all_reduced: matvec must be a mean over examples"):
+            all_reduced(operator, world())
+
+
+def test_what_is_no_mean_over_examples_is_refused(processes):
+    processes.call(what_is_no_mean_over_examples_is_refused)
+
+
+def fixed_points(rank):
+    """w = tanh(w M + x b): an equilibrium whose map is a mean over examples."""
+    found = []
+    for group in (world(), None):
+        x = X if group is None else share(X, rank)
+        w = torch.zeros(COLUMNS, dtype=F64, requires_grad=True)
+        b = torch.full((COLUMNS,), 0.3, dtype=F64, requires_grad=True)
+        matrix = 0.3 * normal(9, COLUMNS, COLUMNS) / COLUMNS
+
+        def step(x=x, w=w, b=b, matrix=matrix):
+            return torch.tanh(w @ matrix + x * b).mean(0)
+
+        outer = (w - 1).square().sum()
+        found.append(nx.hypergradient(outer, nx.FixedPointMap(step), w, b, solver=FixedPoint(), process_group=group))
+    assert same_on_all_ranks(found[0])
+    assert relative_error(*found) < 1e-10
+
+
+def test_fixed_point_maps(processes):
+    processes.call(fixed_points)
 
 
 def outer_loss_may_use_no_params_on_one_rank(rank):
@@ -188,6 +261,35 @@ def ddp(rank):
 
 def test_models_trained_by_ddp(processes):
     processes.call(ddp)
+
+
+def sharded_params_are_refused(rank):
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(network(), mesh=torch.distributed.init_device_mesh("cpu", (2,)))
+    h = torch.zeros((), dtype=F64, requires_grad=True)
+    params = list(model.parameters())
+    before = [p.to_local().clone() for p in params]
+
+    def inner():
+        return model(X).square().mean() + h.exp()
+
+    calls = [
+        lambda: nx.hypergradient(inner, inner, params, h, process_group=world()),
+        lambda: nx.best_response(inner, params, h),
+        lambda: nx.Hessian(inner, params),
+        lambda: nx.hvp(inner, params, params, mode="forward-over-reverse"),
+        lambda: nx.GaussNewton(model, torch.nn.MSELoss(), X, Y[:, None]),
+        lambda: nx.KFAC(model, torch.nn.MSELoss(), X, Y[:, None]),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=r"params\[.*\] must be .*DTensor"):
+            call()
+    assert all(map(torch.equal, before, [p.to_local() for p in params]))
+
+
+def test_sharded_params_are_refused_with_the_reason(processes):
+    processes.call(sharded_params_are_refused)
 
 
 def test_a_group_needs_torch_distributed():

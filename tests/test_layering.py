@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "nestopt_ext"
 
 FOUNDATION = {"_ops", "_functions", "_lists", "_operator", "_distributed", "_types", "_reference", "_version"}
+LOOPS = {"_progress", "_checkpoint", "_json_log"}
 ROOMS = {
     "_version": set(),
     "_types": set(),
@@ -25,10 +26,12 @@ ROOMS = {
     "optim": FOUNDATION | {"_checks"},
     "curvature": FOUNDATION,
     "solvers": FOUNDATION,  # never curvature: a solver sees only a matvec
-    "hypergrad": FOUNDATION | {"solvers", "curvature"},
+    "hypergrad": FOUNDATION | {"solvers", "curvature", *LOOPS},
     "games": FOUNDATION | {"hypergrad", "optim", "curvature", "_progress"},
     "_progress": set(),
-    "experiments": FOUNDATION | {"optim", "curvature", "solvers", "hypergrad", "games", "_library", "_progress"},
+    "_checkpoint": set(),
+    "_json_log": set(),
+    "experiments": FOUNDATION | {"optim", "curvature", "solvers", "hypergrad", "games", "_library", *LOOPS},
     "__main__": {"experiments"},
     "__init__": FOUNDATION | {"_library", "optim", "curvature", "solvers", "hypergrad", "games"},
 }

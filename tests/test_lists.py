@@ -121,3 +121,16 @@ def test_unshare_clones_what_overlaps_and_nothing_else():
 def test_to_host_splits_what_it_joined():
     numbers = [torch.tensor(1.5), torch.tensor([2.0, 3.0], dtype=torch.float64), torch.empty(0)]
     assert _lists.to_host(numbers) == [[1.5], [2.0, 3.0], []]
+
+
+def test_norms_are_of_each_list():
+    batch = [torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([4.0, 0.0]), torch.empty(2, 0, dtype=torch.bfloat16)]
+    assert _lists.norms(batch).tolist() == [5.0, 1.0]
+    assert _lists.norms([torch.empty(0, 3)]).shape == (0,)
+    assert float(_lists.norms([torch.full((1, 4), 1e25)])) == pytest.approx(2e25, rel=1e-6)
+
+
+def test_all_like_is_check_like_without_words():
+    assert _lists.all_like([A, B], [torch.zeros(2), torch.ones(3, 1)])
+    for other in (torch.ones(3), torch.ones(2, dtype=torch.float64), torch.ones(2, device="meta"), A.to_sparse()):
+        assert not _lists.all_like([other], [A])

@@ -22,6 +22,7 @@ from nestopt_ext.solvers import (
     neumann_ihvp,
     solve,
 )
+from nestopt_ext.solvers._outcome import warn
 from nestopt_ext.solvers._product import Product
 from nestopt_ext.solvers._solve import invert
 
@@ -222,19 +223,21 @@ SINGULAR = torch.diag(torch.tensor([1.0, 0.0], dtype=F64))
     ],
     ids=["fixed point", "exact", "nystrom", "nystrom, inf"],
 )
-def test_the_internal_entry_warns_for_every_method(solver, function, message):
+def test_the_internal_entry_has_a_warning_for_every_method(solver, function, message):
     v, structure = _lists.flatten("room", "v", torch.ones(2, dtype=F64))
+    found = invert("room", Product("room", function, structure, v), v, solver)
     with pytest.warns(RuntimeWarning, match=f"^room: {message}") as caught:
-        invert("room", Product("room", function, structure, v), v, solver)
+        warn("room", found.verdict)
     assert len(caught) == 1
 
 
 @pytest.mark.parametrize("solver", [ConjugateGradient(), FixedPoint(), Exact(), Nystrom()])
 def test_a_bad_right_side_is_named_in_the_warning(solver):
     v, structure = _lists.flatten("room", "v", torch.tensor([1.0, float("nan")]))
+    found = invert("room", Product("room", lambda x: 0.5 * x, structure, v), v, solver)
     with pytest.warns(RuntimeWarning, match=r"^room: v must be finite; got NaN or Inf, which the result keeps"):
-        found = invert("room", Product("room", lambda x: 0.5 * x, structure, v), v, solver)
-    assert found.status is Status.non_finite and not found.value[0].isfinite().all()
+        warn("room", found.verdict)
+    assert found.verdict.status is Status.non_finite and not found.value[0].isfinite().all()
 
 
 def test_the_internal_entry_counts_and_starts_without_paying_for_a_residual():
@@ -247,9 +250,13 @@ def test_the_internal_entry_counts_and_starts_without_paying_for_a_residual():
         again = invert("room", Product("room", counted, structure, v), v, solver, start=found.value)
         assert again.num_products == products + 1
     found = invert("room", Product("room", matvec, structure, v), v, ConjugateGradient(50, 1e-10))
-    assert found.status is Status.converged
+    assert found.verdict.status is Status.converged
     again = invert("room", Product("room", matvec, structure, v), v, ConjugateGradient(50, 1e-9), start=found.value)
-    assert again.num_products == 1 and torch.equal(again.value[0], found.value[0]) and again.status is Status.converged
+    assert (
+        again.num_products == 1
+        and torch.equal(again.value[0], found.value[0])
+        and again.verdict.status is Status.converged
+    )
 
 
 # ---- what an operator offers ----------------------------------------------------------------------------------------

@@ -184,6 +184,7 @@ ANY = {
     "cg, never looks": ConjugateGradient(50, 1e-13, check_every=None),
     "cg, to the end": ConjugateGradient(50, 0.0, check_every=None),
     "cg, preconditioned": ConjugateGradient(50, 1e-13, check_every=None, preconditioner=third),
+    "neumann, preconditioned": Neumann(400, rtol=1e-13, preconditioner=third),
     "neumann, never looks": Neumann(400, rtol=1e-13, check_every=None),
     "fixed point": FixedPoint(400, 1e-13),
     "fixed point, never looks": FixedPoint(400, 1e-13, check_every=None),
@@ -452,6 +453,19 @@ def test_strange_right_sides_and_products_that_alias(solver):
         assert relative_error(found.value, wanted) < 1e-8 and not found.value.requires_grad
         assert found.value.data_ptr() != given.data_ptr()
     assert torch.equal(v, kept)
+
+
+@every_method
+def test_product_buffers_may_be_used_again(solver):
+    matrix, v = spd(3, 4, 5.0), normal(2, 3, 4)
+    buffer, other = torch.empty(4, dtype=F64), torch.empty(4, dtype=F64)
+    reused = solver
+    if getattr(solver, "preconditioner", None) is not None:
+        reused = replace(solver, preconditioner=lambda x: torch.mul(x, 0.3, out=other))
+    for right, batched in ((v[0], False), (v, True)):
+        wanted = solve(lambda x: matrix @ x, right, solver, batched=batched)
+        found = solve(lambda x: torch.mv(matrix, x, out=buffer), right, reused, batched=batched)
+        assert torch.equal(found.value, wanted.value) and found.num_products == wanted.num_products
 
 
 @every_method

@@ -2,4 +2,6 @@
 
 from . import complex_adam as complex_adam
 from . import complex_sgd as complex_sgd
+from . import hypergradient as hypergradient
 from . import neumann as neumann
+from . import softmax_hessian as softmax_hessian

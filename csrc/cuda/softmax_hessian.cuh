@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kBlock) softmax_hessian_kernel(const SoftmaxHe
 
     // From the end: what was read last is the likeliest to be in a cache still.
     for (int64_t c = whole + member; c < rows.classes; c += kGroup) {
-      u[c] = store<V>(softmax_hessian(row, T(load(z[c])), T(load(u[c]))));
+      u[c] = store<V>(softmax_hessian(row, exp_nonpositive(T(load(z[c])) - row.largest), T(load(u[c]))));
     }
     for (int64_t at = whole - kStride + member; at >= 0; at -= kStride) {
       T zs[kAtOnce], us[kAtOnce];
@@ -86,7 +86,8 @@ __global__ void __launch_bounds__(kBlock) softmax_hessian_kernel(const SoftmaxHe
         zs[k] = load(z[at + k * kGroup]);
         us[k] = load(u[at + k * kGroup]);
       }
-      for (int k = 0; k < kAtOnce; ++k) u[at + k * kGroup] = store<V>(softmax_hessian(row, zs[k], us[k]));
+      for (int k = 0; k < kAtOnce; ++k)
+        u[at + k * kGroup] = store<V>(softmax_hessian(row, exp_nonpositive(zs[k] - row.largest), us[k]));
     }
   }
 }

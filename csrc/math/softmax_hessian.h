@@ -134,10 +134,10 @@ NESTOPT_HD SoftmaxRow<T> finish(const SoftmaxSums<T>& sums, double weight) {
   return {sums.largest, static_cast<T>(weight / total), high, static_cast<T>((double{sums.head} - double{high}) - gap)};
 }
 
-// One class. Where p is 0 so is the result, unless u is not finite: the difference might overflow.
+// One class, from e = exp(z - largest). Where p is 0 so is the result, unless u is not finite: the difference might
+// overflow.
 template <class T>
-NESTOPT_HD T softmax_hessian(const SoftmaxRow<T>& row, T z, T u) {
-  const T e = exp_nonpositive(z - row.largest);
+NESTOPT_HD T softmax_hessian(const SoftmaxRow<T>& row, T e, T u) {
   const T deviation = (u - row.mean_high) - row.mean_low;
   return e * row.scale * (e > T(0) ? deviation : u);
 }

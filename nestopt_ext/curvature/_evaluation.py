@@ -14,7 +14,7 @@ and the generators of ``random`` and ``numpy`` are the closure's own affair.
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -42,9 +42,12 @@ class Evaluation:
         loss: Tensor = self.value
         return loss
 
-    @contextmanager
-    def differentiating(self) -> Iterator[None]:
+    def differentiating(self) -> AbstractContextManager[None]:
         """While open, tensors hold what the graph saw when it was built; afterwards, what they held on entry."""
+        return self._restored() if self._regions else nullcontext()
+
+    @contextmanager
+    def _restored(self) -> Iterator[None]:
         present = [region.clone() for region in self._regions]
         try:
             _write(self._regions, self._written)

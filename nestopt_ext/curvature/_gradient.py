@@ -1,5 +1,7 @@
 """The first gradient of a loss, kept with its graph: Hessian products and mixed products are its derivatives."""
 
+import functools
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from .. import _lists
 from .._types import Loss, TensorList
 from ._evaluation import evaluate
+from ._replay import Replay
 from ._vjp import vjp, vjps
 
 _ELEMENTARY = "Write that operation with elementary ones, or use a curvature that needs first derivatives only."
@@ -133,6 +136,9 @@ _ERROR_NODES = {
 #: Nodes whose backward pass, differentiated in their first input, is wrong and not refused by PyTorch.
 _WRONG_NODES = ("WeightNormInterfaceBackward",)
 
+#: The types of nodes of PyTorch's own operations.
+_OWN_NODE = re.compile(r"[A-Z]\w*Backward\d+|AccumulateGrad|CopySlices")
+
 
 @contextmanager
 def named_faults(caller: str, name: str) -> Iterator[None]:
@@ -205,21 +211,28 @@ def _refuse_error_nodes(tensors: Sequence[Tensor]) -> None:
 
 def _nodes(roots: Sequence[Node | None]) -> set[Node]:
     """All nodes of the graphs of ``roots``."""
-    waiting = list(roots)
-    seen: set[Node] = set()
+    seen = {root for root in roots if root is not None}
+    waiting = list(seen)
     while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting.extend(following for following, _ in node.next_functions)
+        for node, _ in waiting.pop().next_functions:
+            if node is not None and node not in seen:
+                seen.add(node)
+                waiting.append(node)
     return seen
+
+
+def _is_foreign(kind: type) -> bool:
+    """Whether nodes of this type are of an operation that is not PyTorch's own: in Python, or in an extension."""
+    if issubclass(kind, torch.autograd.function.BackwardCFunction):
+        return True
+    return _OWN_NODE.fullmatch(kind.__name__) is None
 
 
 class WrongNodes:
     """The nodes in the graph of a loss whose gradient PyTorch differentiates wrongly in their first input."""
 
-    def __init__(self, loss: Tensor) -> None:
-        self._found = [node for node in _nodes([loss.grad_fn]) if node.name().startswith(_WRONG_NODES)]
+    def __init__(self, nodes: set[Node]) -> None:
+        self._found = [node for node in nodes if type(node).__name__.startswith(_WRONG_NODES)]
 
     def refuse(self, inputs: TensorList) -> None:
         """Raises where the gradient is about to be differentiated in tensors that such a first input depends on."""
@@ -239,25 +252,33 @@ class Gradient:
         self._evaluation = evaluate(caller, name, loss)
         value = self._evaluation.loss
         with torch.enable_grad(), self._differentiating():
-            # A seed that requires grad makes every once_differentiable function leave its error node in the graph.
-            seed = torch.ones_like(value, requires_grad=True)
+            # A seed that requires grad makes every once_differentiable function leave its error node in the graph. None
+            # of PyTorch's own operations is one, and the seed would only make the graph larger.
+            nodes = _nodes([value.grad_fn])
+            foreign = any(map(_is_foreign, set(map(type, nodes))))
+            seed = torch.ones_like(value, requires_grad=True) if foreign else None
             grads = torch.autograd.grad(value, params, seed, create_graph=True, allow_unused=True)
-            _refuse_error_nodes([value, *(g for g in grads if g is not None)])
-        self._wrong_nodes = WrongNodes(value)
+            if foreign:
+                _refuse_error_nodes([value, *(g for g in grads if g is not None)])
+        self._wrong_nodes = WrongNodes(nodes)
         if all(g is None for g in grads):
             raise ValueError(
                 f"{caller}: {name} must depend on params; got a graph that none of the {len(params)} tensors is in."
             )
         self._live = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
         self._grads = [grads[i] for i in self._live]
+        # Without self, a cycle through which would keep the graph alive.
+        self._replay = Replay(functools.partial(_product, self._grads, self._live, params), params)
+
+    def expect(self, num_products: int) -> None:
+        """Says that so many products are about to come, which may be worth a preparation."""
+        self._replay.expect(num_products)
 
     def product(self, v: TensorList) -> TensorList:
         """The Hessian times ``v``, a list like the params; shares no memory with ``v``."""
-        if not self._live:
-            return _lists.zeros_like(self._params)
         with self._differentiating():
             self._wrong_nodes.refuse(self._params)
-            return vjp(self._grads, self._params, [v[i] for i in self._live])
+            return self._replay(v)
 
     def products(self, v: TensorList) -> TensorList:
         """The Hessian times k lists, [k, *shape] for each param."""
@@ -269,7 +290,12 @@ class Gradient:
 
     def mixed(self, hparams: TensorList, v: TensorList) -> list[Tensor | None]:
         """``v`` times the derivative of the gradient in ``hparams``; None where the gradient does not depend on one."""
-        return self._vjp(hparams, v)
+        if not self._live:
+            return [None] * len(hparams)
+        cotangents = [v[i] for i in self._live]
+        with self._differentiating():
+            self._wrong_nodes.refuse(hparams)
+            return list(torch.autograd.grad(self._grads, hparams, cotangents, retain_graph=True, allow_unused=True))
 
     def uses(self, hparams: TensorList) -> bool:
         """Whether any of ``hparams`` is in the graph of the loss itself."""
@@ -277,15 +303,12 @@ class Gradient:
             grads = torch.autograd.grad(self._evaluation.loss, hparams, retain_graph=True, allow_unused=True)
         return any(g is not None for g in grads)
 
-    def _vjp(self, inputs: TensorList, v: TensorList) -> list[Tensor | None]:
-        if not self._live:
-            return [None] * len(inputs)
-        cotangents = [v[i] for i in self._live]
-        with self._differentiating():
-            self._wrong_nodes.refuse(inputs)
-            return list(torch.autograd.grad(self._grads, inputs, cotangents, retain_graph=True, allow_unused=True))
-
     @contextmanager
     def _differentiating(self) -> Iterator[None]:
         with self._evaluation.differentiating(), named_faults(self._caller, self._name):
             yield
+
+
+def _product(grads: TensorList, live: list[int], params: TensorList, v: TensorList) -> TensorList:
+    """The product by autograd, with those gradients that have a derivative."""
+    return vjp(grads, params, [v[i] for i in live]) if live else _lists.zeros_like(params)

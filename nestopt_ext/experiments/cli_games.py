@@ -7,8 +7,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from .._checkpoint import CheckpointError
 from .._progress import ProgressBar
-from .checkpoint import CheckpointError
 from .command import Call, StopRequest, print_tables, say_no_picture
 from .games import (
     adversarialness_plots,

@@ -4,10 +4,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .._checkpoint import CheckpointError
 from .._progress import ProgressBar
 from . import config as choices
 from . import data, run_folder
-from .checkpoint import CheckpointError
 from .command import Call, StopRequest, say_no_picture
 from .config import TuneConfig
 from .job import prepare

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .checkpoint import write_atomically
+from .._checkpoint import write_atomically
 from .problems import example_weights
 from .report import LABELS
 

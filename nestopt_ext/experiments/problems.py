@@ -6,7 +6,6 @@ in what of ``c`` and ``d`` is fixed and what is a hyperparameter.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +20,14 @@ def cross_entropy(model: nn.Module, part: Part) -> Tensor:
 
 
 class Problem(ABC):
-    """An inner loss and its hyperparameters, a list of leaf tensors (empty where nothing is tuned)."""
+    """An inner loss and its hyperparameters, a list of leaf tensors; they are ``tuned``, or stay as they are."""
 
     hparams: list[Tensor]
+    tuned: bool = True
 
     @abstractmethod
-    def inner_loss(self, model: nn.Module, part: Part, index: Tensor | slice, hparams: Sequence[Tensor]) -> Tensor:
-        """The training loss on ``part``, whose examples have the places ``index`` in the training part.
-
-        ``hparams`` stands in for ``self.hparams``, so that a caller can pass them without a graph.
-        """
+    def inner_loss(self, model: nn.Module, part: Part, index: Tensor | slice) -> Tensor:
+        """The training loss on ``part``, whose examples have the places ``index`` in the training part."""
 
     @abstractmethod
     def project_(self) -> None:
@@ -38,16 +35,19 @@ class Problem(ABC):
 
 
 class FixedDecay(Problem):
-    """One decay for all weights, ``exp(log_decay)``, or none at all; nothing is tuned."""
+    """One decay for all weights, ``exp(log_decay)``, or none at all; it stays as it is."""
 
-    def __init__(self, log_decay: float | None) -> None:
-        self.hparams = []
-        self._decay = 0.0 if log_decay is None else math.exp(log_decay)
+    tuned = False
 
-    def inner_loss(self, model: nn.Module, part: Part, index: Tensor | slice, hparams: Sequence[Tensor]) -> Tensor:
+    def __init__(self, log_decay: float | None, device: torch.device) -> None:
+        decay = 0.0 if log_decay is None else math.exp(log_decay)
+        self.hparams = [torch.tensor(decay, device=device, requires_grad=True)]
+        self._decays = decay > 0
+
+    def inner_loss(self, model: nn.Module, part: Part, index: Tensor | slice) -> Tensor:
         """The inner loss; see `Problem`."""
         loss = cross_entropy(model, part)
-        return loss + self._decay * _squared_norm(model) if self._decay else loss
+        return loss + self.hparams[0] * _squared_norm(model) if self._decays else loss
 
     def project_(self) -> None:
         """Does nothing: there is nothing to keep in range."""
@@ -59,9 +59,9 @@ class PerWeightDecay(Problem):
     def __init__(self, model: nn.Module, log_decay: float) -> None:
         self.hparams = [torch.full_like(p, log_decay).requires_grad_() for p in model.parameters()]
 
-    def inner_loss(self, model: nn.Module, part: Part, index: Tensor | slice, hparams: Sequence[Tensor]) -> Tensor:
+    def inner_loss(self, model: nn.Module, part: Part, index: Tensor | slice) -> Tensor:
         """The inner loss; see `Problem`."""
-        penalties = [(h.exp() * p * p).sum() for h, p in zip(hparams, model.parameters(), strict=True)]
+        penalties = [(h.exp() * p * p).sum() for h, p in zip(self.hparams, model.parameters(), strict=True)]
         return cross_entropy(model, part) + torch.stack(penalties).sum()
 
     def project_(self) -> None:
@@ -84,10 +84,10 @@ class PerExampleWeight(Problem):
         self.hparams = [torch.zeros(examples, device=device, requires_grad=True)]
         self._decay = math.exp(log_decay)
 
-    def inner_loss(self, model: nn.Module, part: Part, index: Tensor | slice, hparams: Sequence[Tensor]) -> Tensor:
+    def inner_loss(self, model: nn.Module, part: Part, index: Tensor | slice) -> Tensor:
         """The inner loss; see `Problem`."""
         losses = nn.functional.cross_entropy(model(part.x), part.y, reduction="none")  # [B]
-        return (example_weights(hparams[0])[index] * losses).mean() + self._decay * _squared_norm(model)
+        return (example_weights(self.hparams[0])[index] * losses).mean() + self._decay * _squared_norm(model)
 
     def project_(self) -> None:
         """Keeps the hyperparameters in range; see `Problem`."""

@@ -1,13 +1,9 @@
-"""What a run leaves behind in words: the JSON lines and the closing table."""
+"""What a run leaves behind in words: the closing table."""
 
-import json
 import math
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .results import MethodResult
@@ -20,50 +16,6 @@ LABELS = {
     "per-weight-decay": "one decay per weight, implicit",
     "per-example-weight": "one weight per example, implicit",
 }
-
-
-class JsonLog:
-    """A file of JSON objects, one a line, that can be cut back to where a checkpoint saw it end.
-
-    Every line has ``event``: ``config`` (first), ``point`` of a learning curve, ``trial`` of the search, ``result`` of
-    a method. Only ``seconds`` and ``peak_mib`` differ between equal runs. A number that is not finite is null.
-    """
-
-    def __init__(self, path: Path | None, keep_bytes: int = 0) -> None:
-        self.position = 0
-        self._file: IO[bytes] | None = None
-        if path is None:
-            return
-        self._file = path.open("r+b" if path.exists() else "w+b")
-        held = self._file.seek(0, os.SEEK_END)
-        if held < keep_bytes:
-            self._file.close()
-            raise OSError(f"{path}: must hold the {keep_bytes} bytes that the checkpoint counts; got {held}")
-        self._file.seek(keep_bytes)
-        self._file.truncate()
-        self.position = keep_bytes
-
-    def write(self, event: str, **values: Any) -> None:
-        """Appends one line."""
-        line = json.dumps({"event": event, **_finite(values)}, allow_nan=False).encode() + b"\n"
-        if self._file is not None:
-            self._file.write(line)
-            self._file.flush()
-            self.position += len(line)
-
-    def sync(self) -> None:
-        """Makes what was written durable, so that a checkpoint never counts lines that the disk does not hold."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-
-    def __enter__(self) -> "JsonLog":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._file is not None:
-            self._file.close()
 
 
 def table_rows(result: "TuneResult") -> tuple[list[str], list[list[str]]]:
@@ -171,11 +123,3 @@ def _score_cells(method: "MethodResult") -> list[str]:
     if method.method == "global-decay-refit":  # its validation part was trained on and says nothing
         cells[1], early = "trained on", "-"
     return [*cells, early]
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

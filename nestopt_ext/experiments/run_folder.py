@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from .checkpoint import write_atomically
+from .._checkpoint import write_atomically
 
 CONFIG, LOG, CHECKPOINT, PICTURE = "config.json", "log.jsonl", "checkpoint.pt", "curves.png"
 

@@ -1,4 +1,4 @@
-"""One training run: inner steps of an optimizer, and after every few of them one step on the hyperparameters.
+"""One training run: a `BilevelLoop` with a learning curve.
 
 The hypergradient is that of the implicit function theorem at the weights as they are. They have taken a few inner steps
 since the hyperparameters last moved and are not at the inner optimum, so it is approximate in two ways: the theorem's
@@ -8,7 +8,6 @@ lower ``hyper_lr`` and more ``num_terms``.
 
 import math
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..hypergrad import hypergradient
+from ..hypergrad import BilevelLoop, LoopDiverged
 from ..optim import ComplexSGD
 from ..solvers import Identity, Neumann
 from . import contents, resources
@@ -37,8 +36,9 @@ class TrainingDiverged(RuntimeError):
 
 
 class Training:
-    """A model, its problem, its optimizers and its curve; can be stopped between any two steps and continued exactly.
+    """A model, its problem, and the loop that trains and tunes; stops between any two steps and continues exactly.
 
+    The model has no buffers: what a checkpoint holds of it are its parameters.
     ``inner_part`` is what the weights are trained on, the training part unless said otherwise.
     """
 
@@ -56,23 +56,42 @@ class Training:
         self.model = model
         self.problem = problem
         self.params = list(model.parameters())
-        self.optimizer = _inner_optimizer(config, self.params)
-        self.hyper_optimizer = _hyper_optimizer(config, problem.hparams) if problem.hparams else None
-        self.solver = _solver(config)
         self.inner_part = inner_part or split.train
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.step_count = 0
+        #: Outer steps before the hyperparameters move; those of a problem that is not tuned never do.
+        self.warmup = _known(config.warmup) if problem.tuned else config.steps
+        self.loop = BilevelLoop(
+            self._outer_loss,
+            self._inner_loss,
+            self.params,
+            problem.hparams,
+            _inner_optimizer(config, self.params),
+            _hyper_optimizer(config, problem.hparams),
+            inner_steps=config.inner_steps,
+            solver=_solver(config),
+            warmup=self.warmup,
+            project=problem.project_,
+            generators=self.generator,
+        )
         self.points: list[dict[str, float]] = []
         self.seconds = 0.0
         self.peak_mib = 0.0
-        #: Hypergradients whose Neumann sum grew instead of shrinking: the inner loss was not convex there.
-        self.diverged_solves = 0
         resources.reset_peak(self.device)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.params[0].device
+
+    @property
+    def step_count(self) -> int:
+        """Outer steps taken."""
+        return self.loop.step_count
+
+    @property
+    def diverged_solves(self) -> int:
+        """Hypergradients whose Neumann sum grew instead of shrinking: the inner loss was not convex there."""
+        return self.loop.num_diverged
 
     @property
     def done(self) -> bool:
@@ -82,17 +101,16 @@ class Training:
     def step(self) -> dict[str, float] | None:
         """Takes one outer step; returns a new point of the curve where one is due.
 
-        Raises TrainingDiverged when the validation loss or the hypergradient is not finite.
+        Raises TrainingDiverged when a loss or a gradient is not finite.
         """
         start = time.perf_counter()
-        for _ in range(self.config.inner_steps):
-            self._inner_step()
-        if self.hyper_optimizer is not None and self.step_count >= _known(self.config.warmup):
-            self._hyper_step(self.hyper_optimizer)
-        self.step_count += 1
+        try:
+            self.loop.step()
+        except LoopDiverged as error:
+            raise TrainingDiverged(f"the training diverged in step {self.step_count + 1}") from error
         point = None
         if self.done or self.step_count % max(1, self.config.steps // _CURVE_POINTS) == 0:
-            point = {"step": self.step_count, **asdict(self.evaluate())}
+            point = {"step": self.step_count, **asdict(evaluate(self.model, self.split))}
             self.points.append(point)
             if not math.isfinite(point["valid_loss"]):
                 raise TrainingDiverged(f"the training diverged before step {self.step_count}")
@@ -100,105 +118,53 @@ class Training:
         self.peak_mib = max(self.peak_mib, resources.peak_mib(self.device))
         return point
 
-    def evaluate(self) -> Scores:
-        """Scores of the weights as they are, on all three parts."""
-        train, valid, test = (
-            _score(self.model, part) for part in (self.split.train, self.split.valid, self.split.test)
-        )
-        return Scores(*train, *valid, *test)
-
     def state_dict(self) -> dict[str, Any]:
         """Everything that later steps depend on; holds tensors, numbers, lists and dicts alone."""
         return {
-            "step_count": self.step_count,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "hparams": [h.detach() for h in self.problem.hparams],
-            "hyper_optimizer": self.hyper_optimizer.state_dict() if self.hyper_optimizer else None,
-            "generator": self.generator.get_state(),
-            "global_rng": torch.get_rng_state(),
+            "loop": self.loop.state_dict(),
             "points": self.points,
             "seconds": self.seconds,
             "peak_mib": self.peak_mib,
-            "diverged_solves": self.diverged_solves,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave. Raises ValueError or RuntimeError, and changes nothing, if it is unfit."""
         self._check(state)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        with torch.no_grad():
-            for h, value in zip(self.problem.hparams, state["hparams"], strict=True):
-                h.copy_(value)
-        if self.hyper_optimizer is not None:
-            self.hyper_optimizer.load_state_dict(state["hyper_optimizer"])
-        self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["global_rng"])
-        self.step_count = int(state["step_count"])
+        self.loop.load_state_dict(state["loop"])
         self.points = [dict(point) for point in state["points"]]
         self.seconds = float(state["seconds"])
         self.peak_mib = float(state["peak_mib"])
-        self.diverged_solves = int(state["diverged_solves"])
 
     def _check(self, state: dict[str, Any]) -> None:
         """Requires of ``state`` the structure that a training of these choices has after its first step."""
         expected = self.state_dict()
-        expected["optimizer"] = _stepped(_inner_optimizer(self.config, _zeros(self.params)))
-        if self.hyper_optimizer is not None and self._moved(state):
-            expected["hyper_optimizer"] = _stepped(_hyper_optimizer(self.config, _zeros(self.problem.hparams)))
+        loop = expected["loop"]
+        loop["inner_optimizer"] = _stepped(_inner_optimizer(self.config, _zeros(self.params)))
+        if self._moved(state):
+            loop["outer_optimizer"] = _stepped(_hyper_optimizer(self.config, _zeros(self.problem.hparams)))
         curve = state.get("points")
         contents.check_points("points", curve)
         contents.check_like("state", state, {**expected, "points": curve})
-        if not 1 <= state["step_count"] <= self.config.steps:
-            raise ValueError(f"step_count must be in [1, {self.config.steps}]; got {state['step_count']}")
-        for name in ("optimizer", "hyper_optimizer"):
+        found = state["loop"]
+        if not 1 <= found["step_count"] <= self.config.steps:
+            raise ValueError(f"step_count must be in [1, {self.config.steps}]; got {found['step_count']}")
+        for name in ("inner_optimizer", "outer_optimizer"):
             # The options of an optimizer follow from the configuration; another value would train something else.
-            if expected[name] and state[name]["param_groups"] != expected[name]["param_groups"]:
+            if found[name]["param_groups"] != loop[name]["param_groups"]:
                 raise ValueError(f"{name}['param_groups'] must be those of the configuration")
-        for name in ("generator", "global_rng"):
-            torch.Generator().set_state(state[name])
 
     def _moved(self, state: dict[str, Any]) -> bool:
         """Whether the hyperparameters of ``state`` have taken a step, so that their optimizer has a state."""
-        count = state.get("step_count")
-        return isinstance(count, int) and count > _known(self.config.warmup)
+        loop = state.get("loop")
+        count = loop.get("step_count") if isinstance(loop, dict) else None
+        return isinstance(count, int) and count > self.warmup
 
-    def _inner_step(self) -> None:
-        part, index = self._draw(self.inner_part)
-        self.optimizer.zero_grad()
-        hparams = [h.detach() for h in self.problem.hparams]
-        self.problem.inner_loss(self.model, part, index, hparams).backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
+    def _outer_loss(self) -> Tensor:
+        part, _ = self._draw(self.split.valid)
+        return cross_entropy(self.model, part)
 
-    def _hyper_step(self, optimizer: torch.optim.Optimizer) -> None:
-        valid, _ = self._draw(self.split.valid)
-        train, index = self._draw(self.inner_part)
-        hparams = self.problem.hparams
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            grads = hypergradient(
-                cross_entropy(self.model, valid),
-                self.problem.inner_loss(self.model, train, index, hparams),
-                self.params,
-                hparams,
-                solver=self.solver,
-            )
-        self._count_diverged(caught)
-        if not all(bool(torch.isfinite(g).all()) for g in grads):
-            raise TrainingDiverged(f"the hypergradient of step {self.step_count + 1} is not finite")
-        for h, g in zip(hparams, grads, strict=True):
-            h.grad = g
-        optimizer.step()
-        self.problem.project_()
-
-    def _count_diverged(self, caught: Sequence[warnings.WarningMessage]) -> None:
-        """Counts what a run would otherwise say hundreds of times; other warnings go on to the caller."""
-        for warning in caught:
-            if issubclass(warning.category, RuntimeWarning) and "diverge" in str(warning.message):
-                self.diverged_solves += 1
-            else:
-                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    def _inner_loss(self) -> Tensor:
+        return self.problem.inner_loss(self.model, *self._draw(self.inner_part))
 
     def _draw(self, part: Part) -> tuple[Part, Tensor | slice]:
         """A batch drawn without repetition, and the places of its examples in ``part``."""
@@ -207,6 +173,12 @@ class Training:
             return part, slice(None)
         index = torch.randperm(len(part), generator=self.generator)[:size].to(self.device)
         return Part(part.x[index], part.y[index]), index
+
+
+def evaluate(model: nn.Module, split: Split) -> Scores:
+    """Scores of a model as it is, on all three parts."""
+    train, valid, test = (score(model, part) for part in (split.train, split.valid, split.test))
+    return Scores(*train, *valid, *test)
 
 
 def _inner_optimizer(config: TuneConfig, params: Sequence[Tensor]) -> torch.optim.Optimizer:
@@ -244,7 +216,7 @@ def _solver(config: TuneConfig) -> Neumann | Identity:
 
 
 @torch.no_grad()
-def _score(model: nn.Module, part: Part) -> tuple[float, float]:
+def score(model: nn.Module, part: Part) -> tuple[float, float]:
     """Mean loss and accuracy over a part."""
     loss, right = 0.0, 0
     for start in range(0, len(part), _EVALUATION_BATCH):

@@ -1,4 +1,4 @@
-"""Gradients of outer losses in hyperparameters."""
+"""Gradients of outer losses in hyperparameters, and loops that use them."""
 
 from ._report import Direction, Finding, HypergradientReport
 from .best_response import best_response
@@ -8,9 +8,11 @@ from .fixed_point import FixedPointMap
 from .gradient_step import gradient_step
 from .hoag import HoagResult, HoagStep, hoag
 from .hypergradient import hypergradient
+from .loop import BilevelLoop, LoopDiverged, LoopRecord
 from .unrolled import unrolled
 
 __all__ = [
+    "BilevelLoop",
     "Cost",
     "Direction",
     "Finding",
@@ -18,6 +20,8 @@ __all__ = [
     "HoagResult",
     "HoagStep",
     "HypergradientReport",
+    "LoopDiverged",
+    "LoopRecord",
     "best_response",
     "check_hypergradient",
     "estimate_cost",

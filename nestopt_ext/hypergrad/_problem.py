@@ -10,19 +10,22 @@ from torch import Tensor
 
 from .. import _lists
 from .._distributed import average_, check_group
+from .._operator import LinearOperator
 from .._types import Loss, MatVec, TensorList, Tensors
+from ..curvature import CurvatureOperator
 from ..curvature._gradient import Gradient, check_params
 from ..curvature.all_reduced import all_reduced
-from ..solvers import ConjugateGradient, Solver
+from ..solvers import ConjugateGradient, Nystrom, Solver, Woodbury
+from ..solvers._outcome import warn
 from ..solvers._product import Product
-from ..solvers._solve import check_solver, inverse_product
+from ..solvers._solve import Inverse, check_solver, invert
 from .fixed_point import FixedPointEquation, FixedPointMap
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 #: Solvers that are wrong, without a sign of it, where the matrix is not symmetric.
-_SYMMETRIC = (ConjugateGradient,)
+_SYMMETRIC = (ConjugateGradient, Nystrom, Woodbury)
 
 
 class Variables:
@@ -90,10 +93,14 @@ class InnerProblem:
         if curvature is not None and not callable(curvature):
             got = _lists.value_name(curvature)
             raise TypeError(f"{caller}: curvature must be None or a callable on tensors like params; got {got}.")
+        if isinstance(curvature, CurvatureOperator):
+            curvature = curvature.on(variables.params, variables.structure)
         self._variables = variables
         self._solver = solver
         self._group = process_group
-        self._curvature = curvature if curvature is None else self._mean_matvec(curvature)
+        self._curvature = curvature
+        if curvature is not None and process_group is not None:
+            self._curvature = all_reduced(curvature, process_group)
         self._equation: Equation
         if isinstance(inner_loss, FixedPointMap):
             if curvature is not None:
@@ -104,7 +111,7 @@ class InnerProblem:
             if isinstance(solver, _SYMMETRIC):
                 raise ValueError(
                     f"{caller}: solver must not ask for a symmetric matrix with a FixedPointMap; got"
-                    f" {_lists.value_name(solver)}. Use Neumann(num_terms=..., alpha=1.0)."
+                    f" {_lists.value_name(solver)}. Use FixedPoint() or Neumann(num_terms=..., alpha=1.0)."
                 )
             self._equation = FixedPointEquation(caller, inner_loss, variables.params, variables.structure)
             self._matrix = "FixedPointMap's I - dPhi/dparams"
@@ -119,14 +126,27 @@ class InnerProblem:
     def response(self, v: Sequence[Tensor | None], hparams: TensorList) -> list[Tensor | None]:
         """``v`` A^-1 dF/dhparams: minus the outer gradient ``v``, carried through the response of the params.
 
-        F is differentiated in ``hparams`` (of a loss: the gradient in params, not the other way round), which costs the
-        same for any number of them. None stands for zeros.
+        Warns once if the solve cannot be trusted. None stands for zeros.
         """
-        if self._group is None and all(t is None for t in v):
+        solved = self.solve(v)
+        if solved is None:
             return [None] * len(hparams)
-        caller = self._variables.caller
+        warn(self._variables.caller, solved.verdict)
+        return self.carry(solved.value, hparams)
+
+    def solve(self, v: Sequence[Tensor | None], start: TensorList | None = None) -> Inverse | None:
+        """A^-1 ``v``, from ``start`` on; None where ``v`` is zero for certain, on every rank. Never warns."""
+        if self._group is None and all(t is None for t in v):
+            return None
         right = [t.detach() for t in _filled(self.mean(v, self._variables.params), self._variables.params)]
-        solved = inverse_product(caller, self._product(right), right, self._solver)
+        return invert(self._variables.caller, self._product(right), right, self._solver, start=start)
+
+    def carry(self, solved: TensorList, hparams: TensorList) -> list[Tensor | None]:
+        """``solved`` dF/dhparams, where None stands for zeros.
+
+        F is differentiated in ``hparams`` (of a loss: the gradient in params, not the other way round), which costs the
+        same for any number of them.
+        """
         return self.mean(self._equation.mixed(hparams, solved), hparams)
 
     def mean(self, tensors: Sequence[Tensor | None], like: TensorList) -> list[Tensor | None]:
@@ -141,12 +161,35 @@ class InnerProblem:
         caller = self._variables.caller
         if self._curvature is not None:
             return Product(caller, self._curvature, self._variables.structure, v, name="curvature")
+        if isinstance(self._equation, Gradient):
+            self._equation.expect(getattr(self._solver, "num_terms", getattr(self._solver, "max_iters", 0)))
         _, structure = _lists.flatten(caller, "params", v)
-        matrix = self._mean_matvec(self._equation.product)
+        matrix = _Matrix(self._equation, self._variables.params, structure, self._group)
         return Product(caller, matrix, structure, v, name=self._matrix)
 
-    def _mean_matvec(self, matvec: MatVec) -> MatVec:
-        return matvec if self._group is None else all_reduced(matvec, self._group)
+
+class _Matrix(LinearOperator):
+    """The matrix of an equation on flat lists, averaged over the process group; its products need no checks."""
+
+    def __init__(
+        self, equation: Equation, params: TensorList, structure: _lists.Structure, group: ProcessGroup | None
+    ) -> None:
+        super().__init__(params, structure)
+        self._equation = equation
+        self._group = group
+
+    def flat_product(self, v: TensorList) -> TensorList:
+        return self._averaged(self._equation.product(v))
+
+    def flat_products(self, v: TensorList) -> TensorList:
+        if isinstance(self._equation, Gradient):
+            return self._averaged(self._equation.products(v))
+        return super().flat_products(v)
+
+    def _averaged(self, product: TensorList) -> TensorList:
+        if self._group is not None:
+            average_(product, self._group)
+        return product
 
 
 def _filled(tensors: Sequence[Tensor | None], like: TensorList) -> TensorList:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import _lists
 from .._types import TensorList
-from ..curvature._evaluation import observe
+from ..curvature._evaluation import observe, preserved_rng
 
 #: A flat state, and the number of the step that is to follow.
 Step = Callable[[TensorList, int], TensorList]
@@ -105,7 +105,12 @@ class _Segment:
                     f" recompute=True; got one of shape {_lists.shape_name(tensor.shape)} changed in place since."
                 )
         tensors: TensorList = []
-        end: TensorList = observe(lambda: self._compute(tensors)).value
+        with preserved_rng():
+            # PyTorch takes other formulas for some derivatives while anyone watches the operators, so the steps are
+            # run unwatched. What a step writes to is learned from one that is watched and undone.
+            watched = observe(lambda: self._compute([], self._steps[:1]))
+            with watched.differentiating(), torch.enable_grad():
+                end = self._compute(tensors, self._steps)
         if [_kind(t) for t in tensors] != self._saved or not _agree(end, self._end, [t for t, _ in self._begin]):
             raise RuntimeError(
                 f"{self._caller}: step_fn must compute the same each time, while recompute=True; got another result for"
@@ -114,7 +119,7 @@ class _Segment:
             )
         return tensors
 
-    def _compute(self, tensors: TensorList) -> TensorList:
+    def _compute(self, tensors: TensorList, steps: range) -> TensorList:
         _set_random_state(self._rng)
 
         def keep(tensor: Tensor) -> Tensor:
@@ -124,7 +129,7 @@ class _Segment:
 
         state = [t.detach().requires_grad_(wanted) for t, wanted in self._begin]
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept), _autocast(self._autocast):
-            for number in self._steps:
+            for number in steps:
                 state = self._step(state, number)
         return [t.detach() for t in state]
 

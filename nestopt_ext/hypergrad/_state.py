@@ -55,27 +55,26 @@ class Nest:
 
 def flatten(caller: str, name: str, value: object) -> tuple[TensorList, Nest]:
     """The tensors as a list, with the nest that packs them again; TypeError for anything that is not tensors."""
-    flat: TensorList = []
-    suffixes: list[str] = []
+    found: dict[str, Tensor] = {}
+    build = _visit(f"{caller}: {name}", value, "", found)
+    return list(found.values()), Nest(tuple(found), build)
 
-    def visit(item: object, suffix: str) -> _Builder:
-        if isinstance(item, Tensor):
-            flat.append(item)
-            suffixes.append(suffix)
-            return next
-        if isinstance(item, torch.nn.ParameterDict):
-            item = dict(item.items())
-        if isinstance(item, Mapping):
-            return _mapping(item, {key: visit(part, f"{suffix}[{key!r}]") for key, part in item.items()})
-        if isinstance(item, list | tuple) or (not suffix and isinstance(item, Iterator)):
-            return _sequence(item, [visit(part, f"{suffix}[{i}]") for i, part in enumerate(item)])
-        module = isinstance(item, torch.nn.Module)
-        remedy = " Pass its parameters: dict(module.named_parameters())." if module else ""
-        wanted = "a Tensor, or lists, tuples and dicts of tensors"
-        raise TypeError(f"{caller}: {name}{suffix} must be {wanted}; got {_lists.value_name(item)}.{remedy}")
 
-    build = visit(value, "")
-    return flat, Nest(tuple(suffixes), build)
+def _visit(context: str, item: object, suffix: str, found: dict[str, Tensor]) -> _Builder:
+    """Adds the tensors of ``item`` to those found, by where they are, and says how to build it again."""
+    if isinstance(item, Tensor):
+        found[suffix] = item
+        return next
+    if isinstance(item, torch.nn.ParameterDict):
+        item = dict(item.items())
+    if isinstance(item, Mapping):
+        return _mapping(item, {key: _visit(context, part, f"{suffix}[{key!r}]", found) for key, part in item.items()})
+    if isinstance(item, list | tuple) or (not suffix and isinstance(item, Iterator)):
+        return _sequence(item, [_visit(context, part, f"{suffix}[{i}]", found) for i, part in enumerate(item)])
+    module = isinstance(item, torch.nn.Module)
+    remedy = " Pass its parameters: dict(module.named_parameters())." if module else ""
+    wanted = "a Tensor, or lists, tuples and dicts of tensors"
+    raise TypeError(f"{context}{suffix} must be {wanted}; got {_lists.value_name(item)}.{remedy}")
 
 
 def _mapping(like: Mapping[Any, object], builders: dict[Any, _Builder]) -> _Builder:

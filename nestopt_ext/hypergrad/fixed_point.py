@@ -30,10 +30,11 @@ class FixedPointMap:
               + \frac{\partial L_V}{\partial w} \, A^{-1} \, \frac{\partial\Phi}{\partial\lambda} .
 
     A is not symmetric unless dPhi/dw is; the solver is given products with its transpose, u - (dPhi/dw)' u, one
-    backward pass through a single step each. So use a solver that asks for no symmetry: ``Neumann(num_terms=K,
-    alpha=1.0)`` is K + 1 steps of u <- (dPhi/dw)' u + g from u = 0, with g = dL_V/dw, and converges where Phi is a
-    contraction. Conjugate gradients are refused. There is no ``curvature`` to choose. For Phi = w - a dL/dw, with the
-    graph of the gradient, the result is that of the loss L with ``Neumann(num_terms=K, alpha=a)``.
+    backward pass through a single step each. So use a solver that asks for no symmetry: ``FixedPoint()`` takes steps
+    u <- (dPhi/dw)' u + g from u = 0, with g = dL_V/dw, until they converge, which they do where Phi is a contraction;
+    ``Neumann(num_terms=K, alpha=1.0)`` takes K + 1 of them. Solvers that need symmetry are refused. There is no
+    ``curvature`` to choose. For Phi = w - a dL/dw, with the graph of the gradient, the result is that of the loss L
+    with ``Neumann(num_terms=K, alpha=a)``.
 
     The closure is called once, and what it does to random state and to older tensors is undone. Params should be at the
     fixed point: the distance that is left goes into the result.

@@ -17,6 +17,7 @@ from .._types import TensorList, Tensors
 from ..curvature._evaluation import evaluate, preserved_rng
 from ..curvature._gradient import Gradient
 from ..solvers import ConjugateGradient
+from ..solvers._outcome import warn
 from ..solvers._product import Product
 from ..solvers._solve import invert
 from ._minimize import minimize
@@ -241,7 +242,7 @@ class _Run:
     def _accept(self, tolerance: float, inner_norm: float, outer: float) -> None:
         """Takes params and hparams as they are for the last accepted point, and computes its hypergradient."""
         variables = self._variables
-        in_params, direct = outer_gradients(_CALLER, self._outer_loss, variables)
+        _, in_params, direct = outer_gradients(_CALLER, self._outer_loss, variables)
         gradient = Gradient(_CALLER, "inner_loss", self._inner_loss, self._params)
         response = _lists.zeros_like(self._params)
         if any(g is not None for g in in_params):
@@ -250,7 +251,9 @@ class _Run:
             product = Product(_CALLER, gradient.product, structure, v, name="inner_loss's Hessian")
             solver = ConjugateGradient(self._max_cg_products, tolerance)
             start = self.last.response if self._history else None
-            response = invert(_CALLER, product, v, solver, start=start).value
+            inverse = invert(_CALLER, product, v, solver, start=start)
+            warn(_CALLER, inverse.verdict)
+            response = inverse.value
             self._products += product.count
         mixed = gradient.mixed(self._hparams, response)
         found = list(map(difference, direct, mixed, self._hparams))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .._types import Loss, MatVec, Tensors
+from .._types import Loss, MatVec, TensorList, Tensors
 from ..curvature._evaluation import evaluate, preserved_rng
 from ..curvature._gradient import named_faults
 from ..solvers import Neumann, Solver
+from ..solvers._outcome import warn
+from ..solvers._solve import Inverse
 from ._problem import InnerProblem, Variables
 from .fixed_point import FixedPointMap
 
@@ -41,9 +44,9 @@ def hypergradient(
     Losses are scalar tensors with a graph, computed from the params as they are now, whose graphs stay alive, or
     zero-argument closures that return one, each called once; both give the same numbers. ``params`` and ``hparams`` are
     a Tensor, list, tuple or dict of float32, float64, bfloat16 or float16 tensors that require grad; ``hparams`` may be
-    of any number and size and need not be leaves. ``solver`` is :class:`Neumann` or :class:`Identity` with its options.
-    ``curvature`` is None for the Hessian of ``inner_loss``, or any callable that returns A times tensors like
-    ``params``.
+    of any number and size and need not be leaves. ``solver`` is one of ``nestopt_ext.solvers`` with its options.
+    ``curvature`` is None for the Hessian of ``inner_loss``, a curvature operator on the same params in any order, or
+    any callable that returns A times tensors like ``params``.
 
     In place of ``inner_loss`` a :class:`FixedPointMap` may stand, where the params solve w = Phi(w, lambda) instead of
     minimizing a loss.
@@ -74,24 +77,55 @@ def hypergradient(
     """
     caller = "hypergradient"
     variables = Variables(caller, params, hparams, all_hparams=True)
+    found = implicit_gradient(variables, outer_loss, inner_loss, solver, lambda: curvature, process_group=process_group)
+    if found.solve is not None:
+        warn(caller, found.solve.verdict)
+    return found.grads
+
+
+@dataclass(frozen=True)
+class ImplicitGradient:
+    """A hypergradient, the outer loss it is of, and the solve behind it, None where no param is in the outer loss."""
+
+    grads: tuple[Tensor, ...]
+    outer_loss: Tensor
+    solve: Inverse | None
+
+
+def implicit_gradient(
+    variables: Variables,
+    outer_loss: Loss,
+    inner_loss: Loss | FixedPointMap,
+    solver: Solver,
+    curvature: Callable[[], MatVec | None],
+    *,
+    start: TensorList | None = None,
+    process_group: ProcessGroup | None = None,
+) -> ImplicitGradient:
+    """The hypergradient with what there is to know of its solve, which begins at ``start``; never warns.
+
+    ``curvature`` is asked for the operator between the evaluation of the outer loss and that of the inner one.
+    """
+    caller = variables.caller
+    hparams = variables.hparams
     with preserved_rng():
-        outer_grads, direct = outer_gradients(caller, outer_loss, variables)
-        inner = InnerProblem(variables, inner_loss, solver, curvature, process_group)
-        response = inner.response(outer_grads, variables.hparams)
-        direct = inner.mean(direct, variables.hparams)
-        unused = all(t is None for t in (*direct, *response))
-        if unused and not inner.uses(variables.hparams):
+        loss, in_params, in_hparams = outer_gradients(caller, outer_loss, variables)
+        inner = InnerProblem(variables, inner_loss, solver, curvature(), process_group)
+        solve = inner.solve(in_params, start)
+        response = [None] * len(hparams) if solve is None else inner.carry(solve.value, hparams)
+        direct = inner.mean(in_hparams, hparams)
+        if all(t is None for t in (*direct, *response)) and not inner.uses(hparams):
             raise ValueError(
                 f"{caller}: hparams must be used by outer_loss or inner_loss; got {len(direct)} in neither graph."
                 " Compute the losses from these very tensors, not from copies or .data."
             )
-    return tuple(map(difference, direct, response, variables.hparams))
+    return ImplicitGradient(tuple(map(difference, direct, response, hparams)), loss, solve)
 
 
 def outer_gradients(
     caller: str, outer_loss: Loss, variables: Variables
-) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
-    """The gradients of the outer loss in params and in hparams, None where it uses none."""
+) -> tuple[Tensor, Sequence[Tensor | None], Sequence[Tensor | None]]:
+    """The outer loss, and its gradients in params and in hparams, None where it uses none."""
     outer = evaluate(caller, "outer_loss", outer_loss)
     inputs = [*variables.params, *variables.hparams]
     with outer.differentiating(), named_faults(caller, "outer_loss"):
@@ -99,7 +133,7 @@ def outer_gradients(
     if all(g is None for g in grads):
         raise ValueError(f"{caller}: outer_loss must depend on params or hparams; got a graph that none of them is in.")
     size = len(variables.params)
-    return grads[:size], grads[size:]
+    return outer.loss.detach(), grads[:size], grads[size:]
 
 
 def difference(direct: Tensor | None, response: Tensor | None, like: Tensor) -> Tensor:

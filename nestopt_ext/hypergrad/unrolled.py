@@ -54,10 +54,10 @@ def unrolled(
       falls like (1 - lr mu)^k, and at the minimum the derivative is that of ``Neumann(num_terms=k - 1, alpha=lr)``.
     - ``recompute=True`` keeps about sqrt(num_steps) states, and runs each stretch of steps once more in the backward
       pass, with the random numbers it had. The value is the same bit for bit; memory is that of about 2 sqrt(num_steps)
-      steps, and time grows by one run of the steps. A derivative of the derivative runs them again, and keeps what the
-      plain graph keeps. ``step_fn`` must compute the same each time: what it takes from ``next(...)`` is refused when
-      it is seen, and ``torch.func.grad`` inside is refused by PyTorch. ``hparams`` may not be changed in place before
-      the backward pass, which waits for the device once for each stretch.
+      steps, and time grows by one run of the steps, and one step for each stretch. A derivative of the derivative runs
+      them again, and keeps what the plain graph keeps. ``step_fn`` must compute the same each time: what it takes from
+      ``next(...)`` is refused when it is seen, and ``torch.func.grad`` inside is refused by PyTorch. ``hparams`` may
+      not be changed in place before the backward pass, which waits for the device once for each stretch.
 
     Raises TypeError or ValueError for bad arguments, or where ``step_fn`` returns another structure, shape, dtype or
     device, or writes to its params; RuntimeError in the backward pass where a recomputed stretch differs.

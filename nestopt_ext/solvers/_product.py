@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _lists
-from .._operator import LinearOperator, LowRank, stacked
+from .._operator import LinearOperator, LowRank
 from .._types import MatVec, TensorList
 
 
@@ -23,7 +23,13 @@ class Product:
     """
 
     def __init__(
-        self, caller: str, matvec: MatVec, structure: _lists.Structure, like: TensorList, *, name: str = "matvec"
+        self,
+        caller: str,
+        matvec: MatVec | LinearOperator,
+        structure: _lists.Structure,
+        like: TensorList,
+        *,
+        name: str = "matvec",
     ) -> None:
         if not callable(matvec) and not isinstance(matvec, LinearOperator):
             remedy = " Pass lambda v: A @ v." if isinstance(matvec, torch.Tensor) else ""
@@ -32,7 +38,7 @@ class Product:
         self.caller = caller
         self.like = like
         self._name = name
-        self._matvec = matvec
+        self._matvec: Any = matvec
         self._structure = structure
         self._dtypes = [t.dtype for t in like]
         self._narrow = any(t.dtype.itemsize == 2 for t in like)
@@ -60,7 +66,13 @@ class Product:
         if count == 0:
             return [torch.empty_like(t) for t in vectors]
         if self._operator is None:
-            return stacked((self(list(row)) for row in zip(*vectors, strict=True)), vectors)
+            found = [
+                torch.empty(t.shape, dtype=o.dtype, device=o.device) for t, o in zip(vectors, self.like, strict=True)
+            ]
+            for i in range(count):  # one by one into their place: a matvec may use its buffers again
+                for rows, product in zip(found, self([t[i] for t in vectors]), strict=True):
+                    rows[i] = product
+            return found
         products = self._out(self._operator.flat_products(self._in(self._narrowed(vectors))))
         self.count += count
         return products

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .. import _lists, _reference
 from .._types import MatVec, SameTensors, TensorList, Tensors
-from ._outcome import Outcome, Solver, judge, warn
+from ._outcome import Outcome, Solver, Verdict, judge, warn
 from ._product import Product
-from ._solution import Solution, Status
+from ._solution import Solution
 from ._system import System
 
 
@@ -74,31 +74,26 @@ class Inverse:
 
     value: TensorList
     num_products: int
-    status: Status
+    verdict: Verdict
 
 
 def invert(caller: str, product: Product, v: TensorList, solver: Solver, *, start: TensorList | None = None) -> Inverse:
-    """The solution alone, with no product spent on the residual; warns once if it cannot be trusted.
+    """The solution alone, with no product spent on the residual; whether to :func:`warn` is left to the caller.
 
-    ``start`` is a list like ``v`` or None; with it one product is spent. The status is what the method saw, so a series
-    that ends at its last term is ``max_terms`` however small that is.
+    ``start`` is a list like ``v`` or None; with it one product is spent. The verdict is what the method saw, so a
+    series that ends at its last term is ``max_terms`` however small that is.
     """
     _, outcome = _run(System(product, v), solver, start)
-    verdict = judge(caller, outcome)
-    warn(caller, verdict)
-    return Inverse(outcome.value, product.count, verdict.status)
-
-
-def inverse_product(caller: str, product: Product, v: TensorList, solver: Solver) -> TensorList:
-    """The value of :func:`invert`."""
-    return invert(caller, product, v, solver).value
+    return Inverse(outcome.value, product.count, judge(caller, outcome))
 
 
 def inverse_tensors(caller: str, matvec: MatVec, v: SameTensors, solver: Solver) -> SameTensors:
-    """:func:`invert` for a public function of that name, which takes tensors in any structure and returns them."""
+    """:func:`invert` for a public function that takes tensors in any structure, returns them, and warns."""
     flat, structure = _lists.flatten(caller, "v", v)
     _lists.check_floating(caller, structure.labels("v"), flat)
-    result: SameTensors = structure.pack(invert(caller, Product(caller, matvec, structure, flat), flat, solver).value)
+    inverse = invert(caller, Product(caller, matvec, structure, flat), flat, solver)
+    warn(caller, inverse.verdict)
+    result: SameTensors = structure.pack(inverse.value)
     return result
 
 

@@ -52,8 +52,8 @@ class ConjugateGradient:
     \|v\|^2 / \|v'(A + delta I) v\|, so that c A gives x / c. A direction along which the curvature is zero, or below
     rounding beside the largest one met, ends it with ``breakdown``. NaN is never taken for an end.
 
-    State is kept in float32 for 16-bit tensors, four times the memory of v; v is scaled by a power of two, so its size
-    does not matter.
+    State is kept in float32 for 16-bit tensors, and with a product takes about five times the memory of v. v is scaled
+    by a power of two, so its size does not matter.
 
     Raises TypeError or ValueError, naming the option, when one is out of range.
 

@@ -251,7 +251,7 @@ class _Preconditioned:
 
     def start(self) -> TensorList:
         v = self._system.working_copy()
-        return [t.to(w.dtype) for t, w in zip(self._inner.apply(v), v, strict=True)]
+        return [t.to(w.dtype, copy=True) for t, w in zip(self._inner.apply(v), v, strict=True)]
 
     def largest_step(self, start: TensorList) -> Tensor:
         """0.9 / lambda_max(M (A + damping I)), by power iteration."""

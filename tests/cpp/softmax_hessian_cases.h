@@ -84,10 +84,11 @@ class SoftmaxHessianCase {
     int64_t top = 0;
     for (int64_t c = 1; c < classes_; ++c) top = z(c) > z(top) ? c : top;
     // Rounding the difference of two logits is an error in p_j of up to |z_j - z_top| units, and there are some
-    // roundings more. In float64 the sums have no more digits than u.
+    // roundings more; in the sums they are those of float64.
     const auto units = [&](int64_t c) {
       return 12 + std::abs(z(c) - z(top)) + (sizeof(V) == 8 ? std::sqrt(Long(classes_)) : 0);
     };
+    const Long in_double = sizeof(V) == 8 ? 1 : 0x1p-29;
     Long sum = 0, shifted = 0, spread = 0, spread_error = 0;
     for (int64_t c = 0; c < classes_; ++c) {
       const Long e = std::exp(z(c) - z(top)), x = u(c) - u(top);
@@ -95,8 +96,7 @@ class SoftmaxHessianCase {
       if (e == 0) continue;
       shifted += e * x;
       spread += e * std::abs(x);
-      spread_error += e * std::abs(x) * units(c);
-      if (sizeof(V) == 8 && c != top) spread_error += e * std::abs(u(top)) * units(c);
+      spread_error += e * units(c) * (std::abs(x) + (c == top ? 0 : std::abs(u(top)) * in_double));
     }
     constexpr bool kBfloat16 = std::is_same_v<V, nestopt::BFloat16>;
     const Long rounding = sizeof(V) == 8 ? 0x1p-53 : 0x1p-24;

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..report import JsonLog
+from ..._json_log import JsonLog
 from ..run_folder import LOG
 from ..tune import Interrupted, Progress
 from ._config import GameConfig

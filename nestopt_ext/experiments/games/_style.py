@@ -6,7 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import write_atomically
+from ..._checkpoint import write_atomically
 
 #: The palette of Okabe and Ito.
 ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (

@@ -54,9 +54,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checkpoint, contents
-from ..checkpoint import CheckpointError
-from ..report import JsonLog
+from ... import _checkpoint as checkpoint
+from ..._checkpoint import CheckpointError
+from ..._json_log import JsonLog
+from .. import contents
 from ..run_folder import CHECKPOINT, LOG
 from ..tune import Interrupted, Progress
 from .mixture_config import MixtureConfig

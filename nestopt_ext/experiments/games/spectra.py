@@ -25,6 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..._checkpoint import CheckpointError
 from ...games import (
     convergence_rate,
     game_jacobian,
@@ -33,7 +34,6 @@ from ...games import (
     spectrum,
     zoo,
 )
-from ..checkpoint import CheckpointError
 from ..config import ConfigError
 from ..run_folder import CHECKPOINT, LOG, FolderError, stored_config
 from ..tune import Interrupted, Progress
