@@ -8,7 +8,9 @@ from helpers import run_python
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from nestopt_ext import gradient_step, unrolled
 from nestopt_ext.curvature import GaussNewton, Hessian, hvp
+from nestopt_ext.games import game_jacobian
 
 IMAGE, SEQUENCE, ROWS = normal(1, 2, 4, 6, 6), normal(2, 5, 2, 4), normal(3, 4, 3)
 INDEX, OFFSETS = torch.tensor([0, 2, 2, 1, 4]), torch.tensor([0, 2])
@@ -267,3 +269,20 @@ def test_compiled_modules_work_from_closures_or_are_named():
     else:
         for a, b in zip(found, wanted, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_unrolling_and_games_refuse_a_wrong_second_derivative_too():
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2).double())
+    names, params = zip(*layer.named_parameters(), strict=True)
+    h = torch.zeros((), dtype=torch.float64, requires_grad=True)
+
+    def inner(w, h):
+        outputs = torch.func.functional_call(layer, dict(zip(names, w, strict=True)), (ROWS,))
+        return outputs.square().sum() * h.exp()
+
+    step = gradient_step(inner, 0.1)
+    with pytest.raises(RuntimeError, match="weight_norm"):
+        unrolled(step, params, h, num_steps=1)
+    loss = layer(ROWS).square().sum()
+    with pytest.raises(RuntimeError, match="weight_norm"):
+        game_jacobian([loss], [list(params)])

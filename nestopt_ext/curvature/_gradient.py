@@ -242,6 +242,11 @@ class WrongNodes:
                 raise RuntimeError(f"weight_norm_interface: the derivative of {self._found[0].name()} is wrong")
 
 
+def refuse_wrong_nodes(loss: Tensor, inputs: TensorList) -> None:
+    """Raises where PyTorch would give a wrong derivative of the gradient of ``loss`` in ``inputs``."""
+    WrongNodes(_nodes([loss.grad_fn])).refuse(inputs)
+
+
 class Gradient:
     """The gradient of a scalar loss in ``params``, ready to be differentiated again and again."""
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._types import TensorList
-from ..curvature._gradient import _refuse_error_nodes, named_faults
+from ..curvature._gradient import _refuse_error_nodes, named_faults, refuse_wrong_nodes
 from ._players import Player, Players, check_losses
 
 
@@ -117,6 +117,7 @@ def _gradient(
         ]
         if create_graph:
             _refuse_error_nodes([g for g in found if g is not None])
+            refuse_wrong_nodes(loss, inputs)
     own = {id(t) for t in players.tensors[players.slices[player]]}
     if all(g is None for g, t in zip(found, inputs, strict=True) if id(t) in own):
         raise ValueError(

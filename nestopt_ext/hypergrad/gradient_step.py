@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _lists
 from .._types import TensorList
 from ..curvature._evaluation import check_scalar
-from ..curvature._gradient import _refuse_error_nodes, named_faults
+from ..curvature._gradient import _refuse_error_nodes, named_faults, refuse_wrong_nodes
 from . import _state
 from .unrolled import accepts_step
 
@@ -96,7 +96,7 @@ def gradient_step(inner_loss: Callable[..., Tensor], lr: Rate, *, momentum: Rate
 
 
 def _refuse_hidden_ends(loss: Tensor, params: TensorList) -> None:
-    """Raises where the gradient of a loss would lose part of its own derivative in silence.
+    """Raises where the gradient of a loss would lose part of its own derivative in silence, or have a wrong one.
 
     A seed that requires grad makes every once_differentiable function leave its error node in the graph, which is
     dropped afterwards; the hooks keep it from whoever records what is saved.
@@ -105,6 +105,7 @@ def _refuse_hidden_ends(loss: Tensor, params: TensorList) -> None:
         seed = torch.ones_like(loss, requires_grad=True)
         grads = torch.autograd.grad(loss, params, seed, create_graph=True, allow_unused=True)
     _refuse_error_nodes([g for g in grads if g is not None])
+    refuse_wrong_nodes(loss, params)
 
 
 def _descend(weights: TensorList, directions: TensorList, lr: float | Tensor) -> TensorList:
