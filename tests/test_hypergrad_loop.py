@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset, Weig
 from nestopt_ext.curvature import Hessian
 from nestopt_ext.hypergrad import BilevelLoop, LoopDiverged, hypergradient
 from nestopt_ext.hypergrad._batches import Batches
-from nestopt_ext.solvers import Identity, Neumann, Status
+from nestopt_ext.solvers import ConjugateGradient, Identity, Neumann, Status
 
 # ---- a small problem with everything that moves: dropout, batch statistics, shuffling -------------------------------
 
@@ -78,7 +78,7 @@ def folders(tmp_path):
 def assert_same_run(whole: Setting, parts: Setting, folder_a: Path, folder_b: Path):
     assert all_same_bits(whole.tensors(), parts.tensors())
     assert lines(folder_a / "log.jsonl") == lines(folder_b / "log.jsonl")
-    assert whole.loop.num_diverged == parts.loop.num_diverged
+    assert whole.loop.num_failed_solves == parts.loop.num_failed_solves
 
 
 # ---- what a step is -------------------------------------------------------------------------------------------------
@@ -231,8 +231,21 @@ def test_diverged_solves_are_counted_without_a_warning_and_not_begun_from():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         records = loop.run(3)
-    assert loop.num_diverged == 3 and {r.status for r in records} == {Status.diverged}
+    assert loop.num_failed_solves == 3 and {r.status for r in records} == {Status.diverged}
     assert [r.num_products for r in records] == [4] * 3  # a solve that begins somewhere takes one more
+
+
+def test_negative_curvature_is_a_failed_solve():
+    w, h = leaf(normal(0, 3)), leaf(normal(1, 3))
+    still = torch.optim.SGD([w], lr=0.0), torch.optim.SGD([h], lr=0.0)
+    loop = BilevelLoop(
+        lambda: w.sum(), lambda: -(w - h).square().sum(), w, h, *still, solver=ConjugateGradient(), warm_start=True,
+        progress=False,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert loop.step().status is Status.negative_curvature
+    assert loop.num_failed_solves == 1 and loop.state_dict()["start"] == []
 
 
 def test_curvature_is_made_anew_from_the_inner_batch():
@@ -320,7 +333,7 @@ def test_continued_run_is_the_same_bit_for_bit(tmp_path, own_generators, warm_st
     found += parts.loop.run(20 - parts.loop.step_count)
     assert untimed(found) == untimed(records)
     assert bool(parts.loop.state_dict()["start"]) == warm_start
-    assert warm_start or whole.loop.num_diverged > 0
+    assert warm_start or whole.loop.num_failed_solves > 0
     assert_same_run(whole, parts, folder_a, folder_b)
     assert [line["step"] for line in lines(folder_b / "log.jsonl")] == list(range(1, 21))
 
@@ -647,7 +660,7 @@ def test_resume_in_the_wrong_place(tmp_path):
     ("change", "message"),
     [
         ({"step_count": -1}, "step_count must be a whole number"),
-        ({"num_diverged": "x"}, "num_diverged"),
+        ({"num_failed_solves": "x"}, "num_failed_solves"),
         ({"params": []}, "params must be a list of 6 tensors"),
         ({"hparams": [torch.ones(1)] * 6}, r"hparams\[0\] must be float32 of shape \(8, 5\)"),
         ({"start": [torch.ones(1)]}, "start must be a list of 6"),

@@ -91,7 +91,7 @@ class Training:
     @property
     def diverged_solves(self) -> int:
         """Hypergradients whose Neumann sum grew instead of shrinking: the inner loss was not convex there."""
-        return self.loop.num_diverged
+        return self.loop.num_failed_solves
 
     @property
     def done(self) -> bool:

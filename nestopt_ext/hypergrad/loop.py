@@ -97,7 +97,7 @@ class BilevelLoop:
             inner step and each hypergradient takes one; samplers with ``set_epoch`` are told the epoch.
         warmup: outer steps at the beginning in which only the params move.
         warm_start: the solution of a solve is where the next one begins, at the price of one more product. It pays
-            where outer steps are small and batches are large. A diverged solution is not begun from.
+            where outer steps are small and batches are large. A solution that cannot be trusted is not begun from.
         clip_inner, clip_outer: largest Euclidean norm of a gradient of all params, and of a hypergradient; a longer one
             is scaled down. None for no bound.
         project: called after every outer step, without grad mode, to bring the hparams back into their range in place.
@@ -111,8 +111,8 @@ class BilevelLoop:
             steps, and when a run ends or is interrupted. It is replaced atomically, and holds nothing that executes.
         progress: shows a bar where stderr is a terminal.
 
-    ``step_count`` is the number of outer steps taken, ``num_diverged`` of how many the solve diverged: that is counted
-    and recorded, and not warned of.
+    ``step_count`` is the number of outer steps taken, ``num_failed_solves`` of how many the solve cannot be trusted (it
+    diverged, broke down or met negative curvature): that is counted and recorded, and not warned of.
 
     The inner gradient is taken in the params alone, so nothing is added to the ``.grad`` of hparams; that holds the
     last hypergradient, clipped, and the ``.grad`` of params the last inner gradient. During a hypergradient params and
@@ -200,7 +200,7 @@ class BilevelLoop:
         self.inner_optimizer = inner_optimizer
         self.outer_optimizer = outer_optimizer
         self.step_count = 0
-        self.num_diverged = 0
+        self.num_failed_solves = 0
         self._outer_loss, self._inner_loss = outer_loss, inner_loss
         self._inner_needs_closure = arguments.needs_closure(inner_optimizer)
         self._inner_steps = inner_steps
@@ -328,10 +328,10 @@ class BilevelLoop:
                 f" {'none' if status is None else status.name}). Lower the learning rates, or alpha of the solver, or"
                 " raise its damping."
             )
-        diverged = status is Status.diverged
-        self.num_diverged += diverged
+        failed = found.solve is not None and found.solve.verdict.is_trouble
+        self.num_failed_solves += failed
         if self._warm_start and found.solve is not None:
-            self._start = None if diverged else found.solve.value
+            self._start = None if failed else found.solve.value
         for h, g in zip(self._variables.hparams, found.grads, strict=True):
             h.grad = g
         _clip(self._variables.hparams, self._clip_outer, norm)
@@ -457,7 +457,7 @@ class BilevelLoop:
             arguments.check_plain(_CALLER, f"stateful[{i}].state_dict()", state)
         return {
             "step_count": self.step_count,
-            "num_diverged": self.num_diverged,
+            "num_failed_solves": self.num_failed_solves,
             "params": [p.detach() for p in self._variables.params],
             "hparams": [h.detach() for h in self._variables.hparams],
             "inner_optimizer": self.inner_optimizer.state_dict(),
@@ -495,11 +495,11 @@ class BilevelLoop:
             if batches is not None:
                 batches.load_state_dict(saved)
         self._random.set(state["random"])
-        self.step_count, self.num_diverged = state["step_count"], state["num_diverged"]
+        self.step_count, self.num_failed_solves = state["step_count"], state["num_failed_solves"]
 
     def _check_state(self, state: Any) -> None:
         arguments.check_keys("it", state, _STATE_KEYS)
-        for name in ("step_count", "num_diverged"):
+        for name in ("step_count", "num_failed_solves"):
             arguments.check_saved_count(name, state[name])
         own = self._variables
         arguments.check_saved_tensors("params", state["params"], own.params)
@@ -561,7 +561,7 @@ class BilevelLoop:
 
 
 _STATE_KEYS = {
-    "step_count", "num_diverged", "params", "hparams", "inner_optimizer", "outer_optimizer", "start", "stateful",
+    "step_count", "num_failed_solves", "params", "hparams", "inner_optimizer", "outer_optimizer", "start", "stateful",
     "random", "inner_batches", "outer_batches",
 }  # fmt: skip
 
