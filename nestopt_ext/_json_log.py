@@ -32,6 +32,16 @@ class JsonLog:
         if held < size:
             raise OSError(f"{path}: must hold the {size} bytes that the checkpoint counts; got {held}")
 
+    @staticmethod
+    def require_whole_lines(path: Path, size: int) -> None:
+        """Raises OSError where a cut to ``size`` bytes would be within a line; changes nothing."""
+        if not size:
+            return
+        with path.open("rb") as file:
+            file.seek(size - 1)
+            if file.read(1) != b"\n":
+                raise OSError(f"{path}: must have a line that ends at byte {size}, by the checkpoint; it was edited")
+
     def write(self, event: str, **values: Any) -> None:
         """Appends one line."""
         line = json.dumps({"event": event, **_finite(values)}, allow_nan=False).encode() + b"\n"

@@ -1,5 +1,6 @@
 """GaussNewton, EmpiricalFisher and ggnvp against matrices written out with autograd."""
 
+import functools
 import gc
 import weakref
 
@@ -625,3 +626,44 @@ def test_works_with_grad_mode_off_and_in_single_precision():
         found = GaussNewton(model, CE, X.float(), Y)
         assert_equal(found.dense().double(), wanted, 1e-5)
         assert_equal(GaussNewton(model, CE, X.float(), Y, microbatch=2).dense().double(), wanted, 1e-5)
+
+
+# ---- parts of a batch under criteria that are not known in closed form ----------------------------------------------
+
+
+class _Positions(nn.Module):
+    """Outputs [B * T, C] for inputs [B, T], as language models have them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(7, 4).double()
+        self.head = nn.Linear(4, 7).double()
+
+    def forward(self, tokens):
+        return self.head(torch.tanh(self.table(tokens))).reshape(-1, 7)
+
+
+@pytest.mark.parametrize("microbatch", [1, 3, 4])
+def test_parts_count_by_examples_and_not_by_rows_of_the_outputs(microbatch):
+    model, tokens = _Positions(), torch.arange(12).reshape(4, 3) % 7
+    v = {name: normal(i, *p.shape) for i, (name, p) in enumerate(model.named_parameters())}
+
+    def criterion(outputs, targets):
+        return F.cross_entropy(outputs, targets.reshape(-1))
+
+    whole = GaussNewton(model, criterion, tokens, tokens)(v)
+    assert relative_error(GaussNewton(model, criterion, tokens, tokens, microbatch=microbatch)(v), whole) < 1e-12
+
+
+@pytest.mark.parametrize("microbatch", [None, 2])
+@pytest.mark.parametrize("kind", [GaussNewton, EmpiricalFisher])
+def test_the_reduction_of_a_partial_is_seen(kind, microbatch):
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 2).double(), normal(1, 6, 3), normal(2, 6, 2)
+    v = {name: normal(i, *p.shape) for i, (name, p) in enumerate(model.named_parameters())}
+    by_module = kind(model, nn.HuberLoss(reduction="sum"), x, y)(v)
+    by_partial = kind(model, functools.partial(F.huber_loss, reduction="sum"), x, y, microbatch=microbatch)(v)
+    assert relative_error(by_partial, by_module) < 1e-12
+    with pytest.raises(ValueError, match="criterion must have reduction 'mean' or 'sum'; got 'none'"):
+        kind(model, functools.partial(F.huber_loss, reduction="none"), x, y)

@@ -7,8 +7,8 @@ from cases import F64, PROBLEMS, flat, generator, leaf, normal, quadratic, relat
 from helpers import all_same_bits
 from torch import nn
 
-from nestopt_ext.curvature import Diagonal, Hessian
-from nestopt_ext.hypergrad import check_hypergradient, hypergradient
+from nestopt_ext.curvature import Diagonal, GaussNewton, Hessian
+from nestopt_ext.hypergrad import FixedPointMap, check_hypergradient, hypergradient
 from nestopt_ext.hypergrad._spectrum import lanczos
 from nestopt_ext.solvers import ConjugateGradient, Exact, FixedPoint, Identity, Neumann, Status
 
@@ -416,3 +416,31 @@ def test_the_random_directions_come_from_a_generator_of_their_own():
     state = torch.get_rng_state()
     checked(scalar())
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_an_operator_may_hold_its_params_in_another_structure():
+    torch.manual_seed(0)
+    model, x, y = torch.nn.Linear(3, 1).double(), torch.randn(8, 3).double(), torch.randn(8, 1).double()
+    params, mse = list(model.parameters()), torch.nn.MSELoss()
+    h = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    solution = torch.linalg.lstsq(torch.cat([x, torch.ones(8, 1).double()], 1), y).solution
+    with torch.no_grad():
+        params[0].copy_(solution[:3].T)
+        params[1].copy_(solution[3])
+    curvature = GaussNewton(model, mse, x, y)
+    assert set(dict(model.named_parameters())) == {"weight", "bias"}, "the operator acts on a dict of these"
+    report = check_hypergradient(
+        lambda: model(x[:2]).sum(),
+        lambda: mse(model(x), y + h),
+        params,
+        h,
+        solver=Exact(),
+        curvature=curvature,
+    )
+    assert "curvature_differs" not in [finding.name for finding in report.findings]
+
+
+def test_a_fixed_point_map_is_refused_by_name():
+    w, h = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    with pytest.raises(TypeError, match="inner_loss must be a loss; got a FixedPointMap, which cannot be checked"):
+        check_hypergradient(lambda: w.sum(), FixedPointMap(lambda: w * h), w, h)

@@ -15,6 +15,7 @@ from helpers import all_same_bits, same_bits
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset, WeightedRandomSampler
 
+from nestopt_ext._checkpoint import CheckpointError
 from nestopt_ext.curvature import Hessian
 from nestopt_ext.hypergrad import BilevelLoop, LoopDiverged, hypergradient
 from nestopt_ext.hypergrad._batches import Batches
@@ -816,3 +817,30 @@ def test_runs_on_either_device(device):
     )  # fmt: skip
     state = loop.state_dict()
     assert all(math.isfinite(r.hypergrad_norm) for r in loop.run(3)) and state["step_count"] == 0
+
+
+def test_loaders_that_keep_their_workers_are_refused_with_a_checkpoint(tmp_path):
+    data = TensorDataset(torch.ones(4, 5), torch.zeros(4, dtype=torch.int64))
+    loader = DataLoader(data, batch_size=2, num_workers=1, persistent_workers=True)
+    with pytest.raises(ValueError, match="inner_batches must start its workers anew for each epoch"):
+        Setting(tmp_path, inner_batches=loader, progress=False)
+
+
+def test_a_checkpoint_of_another_optimizer_does_not_fit(tmp_path):
+    whole = Setting(tmp_path, progress=False)
+    whole.loop.run(2)
+    other = Setting(tmp_path, progress=False)
+    other.loop.outer_optimizer = torch.optim.SGD(other.hparams, lr=0.1)
+    with pytest.raises(CheckpointError, match="does not fit this loop: outer_optimizer must be the state of a SGD"):
+        other.loop.resume()
+
+
+def test_an_edited_log_is_not_cut_within_a_line(tmp_path):
+    whole = Setting(tmp_path, progress=False)
+    whole.loop.run(3)
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(b'{"note": 1}\n' + log.read_bytes())
+    before = log.read_bytes()
+    with pytest.raises(OSError, match="it was edited"):
+        Setting(tmp_path, progress=False).loop.resume()
+    assert log.read_bytes() == before

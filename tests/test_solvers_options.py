@@ -431,3 +431,8 @@ def test_the_default_looks_on_the_cpu_alone():
     elsewhere = torch.empty(3, device="meta")
     assert looks("auto", [V]) == 1 and looks("auto", [V, elsewhere]) == 0
     assert looks(None, [V]) == 0 and looks(7, [elsewhere]) == 7
+
+
+def test_a_step_far_too_small_is_not_taken_for_convergence():
+    solution = solve(lambda v: v, torch.ones(3), Neumann(30000, alpha=1e-4))
+    assert solution.residual_norm / 3**0.5 > 0.04 and solution.status is Status.max_terms

@@ -236,6 +236,16 @@ def recognize(criterion: Callable[..., Any]) -> Criterion | None:
     return None
 
 
+def reduction_of(criterion: Callable[..., Any]) -> str:
+    """How a criterion reduces its terms: as it says itself, in a ``functools.partial`` too, and else "mean"."""
+    known = recognize(criterion)
+    if known is not None:
+        return known.reduction
+    if isinstance(criterion, functools.partial) and "reduction" in criterion.keywords:
+        return str(criterion.keywords["reduction"])
+    return str(getattr(criterion, "reduction", "mean"))
+
+
 def _options(made: type[Criterion]) -> list[str]:
     return [field.name for field in fields(made)]
 

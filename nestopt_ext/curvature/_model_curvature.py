@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import _reference
 from .._operator import LowRank
 from .._types import TensorList
-from ._criteria import Criterion, Targets, recognize
+from ._criteria import Criterion, Targets, recognize, reduction_of
 from ._evaluation import Evaluation, Replay
 from ._linearization import Linearization
 from ._model import Model, Params, batch_size, part_of
@@ -52,7 +52,7 @@ class ModelCurvature(CurvatureOperator):
             self._size = self._step = None
             self._total: Tensor | int | None = None
             with self._replay.run() as call:
-                self._whole: Piece | None = self._piece(call, inputs, self._targets)
+                self._whole: Piece | None = self._piece(call, inputs, self._targets, None)
             return
         if isinstance(microbatch, bool) or not isinstance(microbatch, int):
             raise TypeError(f"{caller}: microbatch must be None or an int; got {microbatch!r}.")
@@ -83,21 +83,30 @@ class ModelCurvature(CurvatureOperator):
         known = recognize(self._criterion)
         return known if known is not None and known.accepts(outputs, targets) else None
 
-    def _share(self, rows: int) -> float:
-        """How much of a loss that is a mean over the batch a part of it makes up, by its examples."""
-        if self._size is None or getattr(self._criterion, "reduction", "mean") == "sum":
+    def _share(self, examples: int | None) -> float:
+        """How much of a loss that is a mean over the batch a part of it makes up; None stands for the whole batch."""
+        if self._size is None or examples is None or reduction_of(self._criterion) == "sum":
             return 1.0
-        return rows / self._size
+        return examples / self._size
 
     @abstractmethod
     def _values(self, outputs: Tensor, targets: Targets) -> Tensor:
         """What J is the Jacobian of; called with the model's outputs, in their evaluation."""
 
     @abstractmethod
-    def _middle(self, outputs: Tensor, values: Tensor, targets: Targets) -> LossHessian:
-        """The matrix between J' and J; tensors come without graph."""
+    def _middle(self, outputs: Tensor, values: Tensor, targets: Targets, share: float) -> LossHessian:
+        """The matrix between J' and J; tensors come without graph.
 
-    def _piece(self, call: Callable[[Callable[[], Any]], Evaluation], inputs: Any, targets: Targets) -> Piece:
+        ``share`` is what a mean over this part of the batch counts in the mean over all of it.
+        """
+
+    def _piece(
+        self,
+        call: Callable[[Callable[[], Any]], Evaluation],
+        inputs: Any,
+        targets: Targets,
+        examples: int | None,
+    ) -> Piece:
         caller = type(self).__name__
 
         def both() -> tuple[Tensor, Tensor]:
@@ -106,7 +115,7 @@ class ModelCurvature(CurvatureOperator):
 
         evaluation = call(both)
         outputs, values = evaluation.value
-        middle = self._middle(outputs.detach(), values.detach(), targets)
+        middle = self._middle(outputs.detach(), values.detach(), targets, self._share(examples))
         return Linearization(caller, "model", values, self._params, evaluation), middle
 
     def _pieces(self) -> Generator[Piece, None, None]:
@@ -117,8 +126,9 @@ class ModelCurvature(CurvatureOperator):
         assert self._size is not None and self._step is not None
         with self._replay.run() as call:
             for start in range(0, self._size, self._step):
-                stop = start + self._step
-                yield self._piece(call, part_of(self._inputs, start, stop), part_of(self._targets, start, stop))
+                stop = min(start + self._step, self._size)
+                part = part_of(self._inputs, start, stop), part_of(self._targets, start, stop)
+                yield self._piece(call, *part, stop - start)
 
     def flat_product(self, v: TensorList) -> TensorList:
         """J' H J v: two backward passes, one of them through the graph of another."""

@@ -32,7 +32,7 @@ class CurvatureOperator(LinearOperator, ABC):
 
     def __call__(self, v: SameTensors) -> SameTensors:
         """The product with ``v``; new tensors, in the structure of the params, without graph."""
-        name = type(self).__name__
+        name = type(self).__name__.lstrip("_")  # of a sum, Sum
         flat = self._structure.match(name, "v", v)
         _lists.check_like(name, self._structure.labels("v"), flat, self._params)
         result: SameTensors = self._structure.pack(self.flat_product([t.detach() for t in flat]))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._criteria import Targets
+from ._criteria import Targets, reduction_of
 from ._evaluation import check_scalar
 from ._gradient import named_faults
 from ._model import Params, batch_size, part_of
@@ -75,11 +75,11 @@ class EmpiricalFisher(ModelCurvature):
             terms.append(term.reshape(()))
         return torch.stack(terms)
 
-    def _middle(self, outputs: Tensor, values: Tensor, targets: Targets) -> LossHessian:
+    def _middle(self, outputs: Tensor, values: Tensor, targets: Targets, share: float) -> LossHessian:
         known = self._known(outputs, targets)
         if known is None:
-            mean = getattr(self._criterion, "reduction", "mean") == "mean"
-            denominator: Tensor | int = (self._size or len(values)) if mean else 1
+            mean = reduction_of(self._criterion) == "mean"
+            denominator: Tensor | float = len(values) / share if mean else 1.0
         else:
             denominator = known.denominator(outputs, targets) if self._total is None else self._total
         entries = torch.ones_like(values) / denominator

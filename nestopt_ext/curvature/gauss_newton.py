@@ -80,10 +80,10 @@ class GaussNewton(ModelCurvature):
     def _values(self, outputs: Tensor, targets: Targets) -> Tensor:
         return outputs
 
-    def _middle(self, outputs: Tensor, values: Tensor, targets: Targets) -> LossHessian:
+    def _middle(self, outputs: Tensor, values: Tensor, targets: Targets, share: float) -> LossHessian:
         hessian = make_loss_hessian("GaussNewton", self._criterion, outputs, targets, self._total)
-        share = self._share(len(outputs)) if hessian.name == "double_backward" and outputs.dim() else 1.0
-        return hessian if share == 1.0 else ScaledLossHessian(hessian, share)
+        known = hessian.name != "double_backward"  # and then divided by what the whole batch is divided by
+        return hessian if known or share == 1.0 else ScaledLossHessian(hessian, share)
 
 
 def ggnvp(loss: Tensor | LossHessian, outputs: Tensor, params: SameTensors, v: Tensors) -> SameTensors:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _functions, _lists
-from ._criteria import CrossEntropy, Elementwise, Targets, recognize
+from ._criteria import CrossEntropy, Elementwise, Targets, recognize, reduction_of
 from ._evaluation import check_scalar, observe
 from ._gradient import _refuse_error_nodes, named_faults
 from ._vjp import vjps
@@ -108,8 +108,7 @@ def check_criterion(caller: str, criterion: object) -> None:
     if not callable(criterion):
         got = _lists.value_name(criterion)
         raise TypeError(f"{caller}: criterion must be a callable on (outputs, targets); got {got}.")
-    known = recognize(criterion)
-    reduction = known.reduction if known is not None else getattr(criterion, "reduction", "mean")
+    reduction = reduction_of(criterion)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"{caller}: criterion must have reduction 'mean' or 'sum'; got {reduction!r}.")
 

@@ -32,6 +32,12 @@ class Batches:
                 f"{caller}: {name} must be an iterable that can begin again, where there is a checkpoint; got"
                 f" {_lists.value_name(source)}, a one-shot iterator. Pass the DataLoader itself, or a list."
             )
+        if resumable and not self._keeps_position and getattr(source, "persistent_workers", False):
+            raise ValueError(
+                f"{caller}: {name} must start its workers anew for each epoch, where there is a checkpoint; got a"
+                " DataLoader with persistent_workers=True, which draws other random numbers in its first epoch than in"
+                " later ones. Pass persistent_workers=False."
+            )
         #: What the source draws from, besides the global generators.
         self.generators = _generators(source)
         self._random = RandomStates(self.generators)

@@ -157,3 +157,9 @@ def check_saved_optimizer(name: str, saved: Any, optimizer: Optimizer) -> None:
     ]
     if found != sizes:
         raise ValueError(f"{name} must have groups of {sizes} tensors; got {found}"[:200])
+    for group, own in zip(groups, optimizer.param_groups, strict=True):
+        missing = sorted(set(own) - set(group), key=str)
+        if missing:
+            raise ValueError(
+                f"{name} must be the state of a {type(optimizer).__name__}; got one without {missing}"[:200]
+            )

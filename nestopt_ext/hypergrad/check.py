@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _lists
 from .._operator import LinearOperator
 from .._types import Loss, MatVec, Tensors
+from ..curvature import CurvatureOperator
 from ..curvature._evaluation import evaluate, preserved_rng
 from ..curvature._gradient import Gradient, named_faults
 from ..solvers import FixedPoint, Identity, Neumann, Solution, Solver, solve
@@ -25,6 +26,7 @@ from ._inner_solution import Flat, InnerSolution, InnerSolver, kept
 from ._problem import Variables
 from ._report import Direction, Finding, HypergradientReport
 from ._spectrum import DENSE_ELEMENTS, Spectrum, dense_matrix, dense_spectrum, lanczos
+from .fixed_point import FixedPointMap
 
 _CALLER = "check_hypergradient"
 
@@ -114,6 +116,8 @@ class _Check:
         self._inner_loss = inner_loss
         self._variables = variables
         self._solver = solver
+        if isinstance(curvature, CurvatureOperator):
+            curvature = curvature.on(variables.params, variables.structure)
         self._curvature = curvature
         self._rtol = rtol
         self._w = Flat(variables.params)
@@ -481,6 +485,11 @@ def _cosine(a: Tensor, b: Tensor) -> float:
 
 
 def _check_closure(name: str, loss: object) -> None:
+    if isinstance(loss, FixedPointMap):
+        raise TypeError(
+            f"{_CALLER}: {name} must be a loss; got a FixedPointMap, which cannot be checked here. Compare the"
+            " hypergradient with that of solver=Exact()."
+        )
     if isinstance(loss, Tensor) or not callable(loss):
         raise TypeError(
             f"{_CALLER}: {name} must be a zero-argument closure, to be evaluated again at moved hparams;"

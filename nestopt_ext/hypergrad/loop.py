@@ -424,6 +424,7 @@ class BilevelLoop:
             if file["log_bytes"] is None:
                 self._require_absent(self._log_path)
             JsonLog.require(self._log_path, file["log_bytes"] or 0)
+            JsonLog.require_whole_lines(self._log_path, file["log_bytes"] or 0)
         try:
             self.load_state_dict(file["loop"])
         except (ValueError, TypeError, KeyError, RuntimeError) as error:

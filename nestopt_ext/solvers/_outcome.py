@@ -50,13 +50,14 @@ class Outcome:
     """The result of a solver, all of it still on the device.
 
     ``curvature`` is the norm of A + damping I as far as the method knows it, [] or [k]: it says what residual rounding
-    alone may leave. ``rtol`` is the residual, relative to v, that the options ask for.
+    alone may leave, at most ``most_rounding`` of v. ``rtol`` is the residual, relative to v, that the options ask for.
     """
 
     value: TensorList
     evidence: Evidence
     curvature: Tensor
     rtol: float = 0.0
+    most_rounding: float = 0.1
 
 
 @dataclass(frozen=True)

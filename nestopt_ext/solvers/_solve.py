@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +40,8 @@ def solve(
     ``rtol`` of the solver times the norm of ``v``, or at rounding level; else what the method saw: ``diverged``,
     ``negative_curvature``, ``breakdown`` or ``max_terms``. Rounding level is 64 eps of the dtype (2 eps in 16 bits)
     times |v| + |A| |x|, the normwise backward error with the norm of A as far as the method knows it (1/alpha in a
-    series), but at most |v| / 10. Of several right-hand sides the worst counts. None of these raises or warns.
+    series), but at most |v| / 10, and sqrt(eps) |v| in a series, whose step may be far too small. Of several right-hand
+    sides the worst counts. None of these raises or warns.
 
     Raises TypeError or ValueError when an argument, or what ``matvec`` returns, breaks these rules.
 
@@ -112,7 +114,7 @@ def _run(system: System, solver: Solver, start: TensorList | None) -> tuple[Syst
     outcome = solver.run(System(system.product, correction, system.columns, norm))
     value = [t.detach().to(c.dtype) + x.to(c.dtype) for t, c, x in zip(start, correction, outcome.value, strict=True)]
     value = [t.to(like.dtype) for t, like in zip(value, system.product.like, strict=True)]
-    return system, Outcome(value, outcome.evidence, outcome.curvature, outcome.rtol)
+    return system, dataclasses.replace(outcome, value=value)
 
 
 def _damping(solver: Solver) -> float:
@@ -153,7 +155,8 @@ def _tolerance(system: System, outcome: Outcome) -> Tensor:
     level = max((torch.finfo(t.dtype).eps * (2 if t.dtype.itemsize == 2 else 64) for t in like), default=0.0)
     right = system.lengths(system.v)
     solved = system.lengths(outcome.value) * outcome.curvature.to(right.device)
-    return torch.maximum(torch.minimum(level * (right + solved), 0.1 * right), outcome.rtol * right)
+    rounding = torch.minimum(level * (right + solved), outcome.most_rounding * right)
+    return torch.maximum(rounding, outcome.rtol * right)
 
 
 def _residual(system: System, x: TensorList, damping: float) -> TensorList:

@@ -86,6 +86,6 @@ def _describe(status: Status, used: str, factor: str) -> str:
     end = "is not finite" if status is Status.non_finite else "diverges"
     return (
         f"the fixed-point iteration {end} ({used}); I - (A + damping*I) must be a contraction; got residuals that"
-        f" change by a factor of {factor}. Scale the map to a smaller step, or use ConjugateGradient. The values are"
-        " returned as they are."
+        f" change by a factor of {factor}. Scale the map to a smaller step, or use Exact (or, where the matrix is"
+        " symmetric, ConjugateGradient). The values are returned as they are."
     )

@@ -164,7 +164,9 @@ def series(
     used = f"num_terms={{terms}}, alpha={{alpha}}, damping={damping:.4g}"
     evidence = History(sq_norms, system.columns, used, _describe, step, limit)
     value = [t.to(like.dtype) for t, like in zip(value, system.product.like, strict=True)]
-    return Outcome(value, evidence, factor.curvature(step), rtol)
+    # 1 / alpha bounds the curvature from above, by far where the step is far too small.
+    most_rounding = max((torch.finfo(t.dtype).eps ** 0.5 for t in system.product.like), default=0.0)
+    return Outcome(value, evidence, factor.curvature(step), rtol, most_rounding)
 
 
 def _summed(
