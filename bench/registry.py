@@ -29,11 +29,15 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Goal:
-    """A limit on the time of ours over that of a contestant; with none named, on extra memory in parameter sizes."""
+    """A limit on the time, or extra memory, of ours over that of a contestant.
+
+    With none named, on extra memory in parameter sizes.
+    """
 
     against: str | None
     at_most: float
     text: str
+    of_memory: bool = False
 
 
 @dataclass

@@ -99,6 +99,8 @@ def judge(
             measured = ours.extra_bytes / param_bytes
         elif goal.against not in rows:
             note = "left out"
+        elif goal.of_memory:
+            measured = ours.extra_bytes / max(1, rows[goal.against].extra_bytes)
         else:
             rival = rows[goal.against]
             measured = rival.ours_over_this.median if rival.ours_over_this else None
