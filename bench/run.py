@@ -126,6 +126,7 @@ def _time(case: Case, field: Field, contestants: Sequence[Contestant], setting: 
             budget=_budget(setting),
             min_block=1e-4 if setting.quick else 4e-3,
             min_rounds=3 if setting.quick else 11,
+            patience=10 * _budget(setting),
         )
         summarize = functools.partial(results.row, ours=samples[contestants[0].name], threads=result.threads)
         result.rows = [
@@ -142,7 +143,7 @@ def _time(case: Case, field: Field, contestants: Sequence[Contestant], setting: 
 
 def _budget(setting: Setting) -> float:
     """Seconds of timing for one case at one thread count."""
-    return 0.3 if setting.quick else 6.0
+    return 0.1 if setting.quick else 6.0
 
 
 def _kept(options: argparse.Namespace, chosen: Sequence[Case], threads: Sequence[int]) -> list[dict[str, Any]]:

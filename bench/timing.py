@@ -11,6 +11,8 @@ import torch
 
 Step = Callable[[], object]
 
+_SLOW = 0.2  # seconds of a step that one step warms up well enough
+
 
 @dataclass
 class Samples:
@@ -45,23 +47,32 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
 
 
 def measure(
-    steps: Mapping[str, Step], device: torch.device, *, budget: float, min_block: float, min_rounds: int
+    steps: Mapping[str, Step],
+    device: torch.device,
+    *,
+    budget: float,
+    min_block: float,
+    min_rounds: int,
+    patience: float = math.inf,
 ) -> dict[str, Samples]:
     """Times each step in each round, A B C A B C ..., for about ``budget`` seconds and at least ``min_rounds``.
 
-    A turn repeats a step that is shorter than ``min_block`` seconds (on the CPU) until the turn is that long.
+    Where so many rounds would take more than ``patience`` seconds, there are as many as fit, at least three. A turn
+    repeats a step that is shorter than ``min_block`` seconds (on the CPU) until the turn is that long.
     """
     turn = _cuda_turn(device) if device.type == "cuda" else _cpu_turn
     samples = {name: Samples() for name in steps}
     repeats = {}
     per_round = 0.0
     for name, step in steps.items():
-        for _ in range(2):
-            step()
         seconds = _seconds(step, device)
+        if seconds < _SLOW:
+            step()
+            seconds = _seconds(step, device)
         repeats[name] = max(1, math.ceil(min_block / seconds)) if device.type == "cpu" else 1
         per_round += seconds * repeats[name]
-    num_rounds = min(max(math.ceil(budget / per_round), min_rounds), 201)
+    fitting = min(min_rounds, max(3, int(min(patience / per_round, min_rounds))))
+    num_rounds = min(max(math.ceil(budget / per_round), fitting), 201)
     names = list(steps)
     collecting = gc.isenabled()
     gc.collect()

@@ -4,6 +4,7 @@ from . import complex_adam as complex_adam
 from . import complex_sgd as complex_sgd
 from . import curvature_product as curvature_product
 from . import curvature_solve as curvature_solve
+from . import curvature_step as curvature_step
 from . import hypergradient as hypergradient
 from . import neumann as neumann
 from . import softmax_hessian as softmax_hessian

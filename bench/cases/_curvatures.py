@@ -16,7 +16,7 @@ from nestopt_ext.solvers import neumann_ihvp
 
 from ._problems import Params, Problem
 
-GAUSS_NEWTON, EMPIRICAL_FISHER, HESSIAN = "gauss_newton", "empirical_fisher", "hessian"
+GAUSS_NEWTON, EMPIRICAL_FISHER, HESSIAN, ZERO = "gauss_newton", "empirical_fisher", "hessian", "zero"
 OURS: dict[str, type[GaussNewton] | type[EmpiricalFisher]] = {
     GAUSS_NEWTON: GaussNewton,
     EMPIRICAL_FISHER: EmpiricalFisher,
@@ -38,13 +38,14 @@ class Way:
     solve: Solve | None = None  # None for the plain loop
     matrix: str | None = None  # what it multiplies with; None for the one that the case is about
     module: str | None = None  # what must be installed
-    unfit: Callable[[Problem], str | None] = lambda problem: None  # why it cannot be used on a problem
+    # Why it cannot be used on a problem for so many products.
+    unfit: Callable[[Problem, int], str | None] = lambda problem, num_products: None
 
-    def left_out(self, problem: Problem) -> str | None:
+    def left_out(self, problem: Problem, num_products: int = 1) -> str | None:
         """Why it does not take part."""
         if self.module is not None and importlib.util.find_spec(self.module) is None:
             return f"{self.module} is not installed"
-        return self.unfit(problem)
+        return self.unfit(problem, num_products)
 
     def sum(self, problem: Problem, v: Params, num_terms: int, alpha: float) -> Sequence[Tensor]:
         """alpha sum_j (I - alpha A)^j v over j = 0 .. num_terms; makes what its products share anew."""
@@ -83,7 +84,7 @@ def ours(kind: str, route: str | None = None) -> Way:
     def solve(problem: Problem, v: Params, num_terms: int, alpha: float) -> Sequence[Tensor]:
         return neumann_ihvp(operator(kind, problem, route), list(v), num_terms=num_terms, alpha=alpha)
 
-    def unfit(problem: Problem) -> str | None:
+    def unfit(problem: Problem, num_products: int) -> str | None:
         missing = route is not None and not takes_route(kind)
         return f"{OURS[kind].__name__} takes no route in this version" if missing else None
 
@@ -125,7 +126,7 @@ def _jvp_vjp(kind: str) -> Callable[[Problem], Product]:
     return make
 
 
-def _two_backwards(kind: str) -> Callable[[Problem], Product]:
+def kept_graph(kind: str) -> Way:
     """Plain autograd at its best: one graph kept for all products, J v by a backward pass through a backward pass."""
 
     def make(problem: Problem) -> Product:
@@ -140,7 +141,7 @@ def _two_backwards(kind: str) -> Callable[[Problem], Product]:
 
         return product
 
-    return make
+    return Way("autograd, kept graph", make)
 
 
 def _double_backward(problem: Problem) -> Product:
@@ -168,9 +169,20 @@ def _rows(problem: Problem) -> Product:
     return product
 
 
-def _too_many_rows(problem: Problem) -> str | None:
-    size = sum(p.numel() * p.element_size() for p in problem.params) * len(problem.inner_y)
+def _row_bytes(problem: Problem) -> int:
+    return sum(p.numel() * p.element_size() for p in problem.params) * len(problem.inner_y)
+
+
+def _too_many_rows(problem: Problem, num_products: int) -> str | None:
+    size = _row_bytes(problem)
     return f"its B x P numbers take {size / 1e9:.1f} GB" if size > MAX_ROW_BYTES else None
+
+
+def _too_many_rows_anew(problem: Problem, num_products: int) -> str | None:
+    size = _row_bytes(problem)
+    if size * num_products <= 2 * MAX_ROW_BYTES:
+        return None
+    return f"makes its B x P numbers, {size / 1e9:.1f} GB, anew for each of {num_products} products"
 
 
 # ---- peers ----------------------------------------------------------------------------------------------------------
@@ -231,13 +243,14 @@ def _eigenthings(kind: str) -> Way:
         (total,) = neumann_sum(lambda term: [found.matvec(term[0]).detach()], [joined(v)], num_terms, alpha)
         return split(problem, total)
 
-    unfit = _too_many_rows if kind == EMPIRICAL_FISHER else lambda problem: None
-    return Way("hessian-eigenthings", make, solve, module="hessian_eigenthings", unfit=unfit)
+    if kind == GAUSS_NEWTON:
+        return Way("hessian-eigenthings", make, solve, module="hessian_eigenthings")
+    return Way("hessian-eigenthings", make, solve, module="hessian_eigenthings", unfit=_too_many_rows_anew)
 
 
 def rivals(kind: str) -> list[Way]:
     """Who multiplies with the same matrix."""
-    ways = [Way("jvp + vjp", _jvp_vjp(kind)), Way("autograd, kept graph", _two_backwards(kind))]
+    ways = [Way("jvp + vjp", _jvp_vjp(kind)), kept_graph(kind)]
     if kind == EMPIRICAL_FISHER:
         ways.append(Way("vmap of grad, rows kept", _rows, unfit=_too_many_rows))
     return [*ways, _curvlinops(kind), _eigenthings(kind)]
@@ -252,6 +265,8 @@ DOUBLE_BACKWARD = Way("double backward (Hessian)", _double_backward, matrix=HESS
 
 def reference(kind: str, problem: Problem) -> Product:
     """The product by reverse mode alone, with what lies between J' and J by autograd too; meant for float64."""
+    if kind == ZERO:
+        return lambda v: [torch.zeros_like(t) for t in v]
     if kind == HESSIAN:
         return _double_backward(problem)
     logits = problem.model(problem.inner_x)

@@ -63,7 +63,7 @@ def _build(kind: str, name: str, num_terms: int, setting: Setting) -> Field:
     if name in LINEAR and kind == GAUSS_NEWTON:
         ways.append(_curvatures.DOUBLE_BACKWARD)
     for way in ways:
-        reason = way.left_out(problem)
+        reason = way.left_out(problem, sums.num_terms)
         if reason is None:
             contestants.append(sums.contestant(way, BASELINE))
         else:
