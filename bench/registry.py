@@ -67,6 +67,7 @@ class Case:
     summary: str
     build: Callable[[Setting], Field]
     goals: tuple[Goal, ...] = ()
+    quick: bool = True  # False where, at small sizes, another case does the same
 
 
 CASES: dict[str, Case] = {}
@@ -79,9 +80,10 @@ def add(case: Case) -> None:
     CASES[case.name] = case
 
 
-def select(pattern: str) -> list[Case]:
-    """The cases whose name matches a shell pattern, in the order of registration."""
-    return [case for name, case in CASES.items() if fnmatch.fnmatchcase(name, pattern)]
+def select(pattern: str, *, quick: bool = False) -> list[Case]:
+    """The cases whose name matches a shell pattern, in the order of registration; ``quick`` those of a quick run."""
+    found = [case for name, case in CASES.items() if fnmatch.fnmatchcase(name, pattern)]
+    return [case for case in found if case.quick or not quick]
 
 
 def wrong_by(contestant: Contestant, num_steps: int) -> float:

@@ -36,9 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     parser = _parser()
     options = parser.parse_args(argv)
-    chosen = registry.select(options.case)
+    chosen = registry.select(options.case, quick=options.quick)
     if not chosen:
-        parser.error(f"--case must match a case; got {options.case!r}. Cases: {', '.join(registry.CASES)}")
+        names = ", ".join(case.name for case in registry.select("*", quick=options.quick))
+        parser.error(f"--case must match a case; got {options.case!r}. Cases: {names}")
     if options.list:
         width = max(len(case.name) for case in chosen)
         for case in chosen:
@@ -127,6 +128,7 @@ def _time(case: Case, field: Field, contestants: Sequence[Contestant], setting: 
             min_block=1e-4 if setting.quick else 4e-3,
             min_rounds=3 if setting.quick else 11,
             patience=10 * _budget(setting),
+            slow=1e-3 if setting.quick else 0.2,
         )
         summarize = functools.partial(results.row, ours=samples[contestants[0].name], threads=result.threads)
         result.rows = [

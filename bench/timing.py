@@ -11,8 +11,6 @@ import torch
 
 Step = Callable[[], object]
 
-_SLOW = 0.2  # seconds of a step that one step warms up well enough
-
 
 @dataclass
 class Samples:
@@ -54,11 +52,13 @@ def measure(
     min_block: float,
     min_rounds: int,
     patience: float = math.inf,
+    slow: float = 0.2,
 ) -> dict[str, Samples]:
     """Times each step in each round, A B C A B C ..., for about ``budget`` seconds and at least ``min_rounds``.
 
     Where so many rounds would take more than ``patience`` seconds, there are as many as fit, at least three. A turn
-    repeats a step that is shorter than ``min_block`` seconds (on the CPU) until the turn is that long.
+    repeats a step that is shorter than ``min_block`` seconds (on the CPU) until the turn is that long. One step warms
+    up what takes ``slow`` seconds or more, three what is shorter.
     """
     turn = _cuda_turn(device) if device.type == "cuda" else _cpu_turn
     samples = {name: Samples() for name in steps}
@@ -66,7 +66,7 @@ def measure(
     per_round = 0.0
     for name, step in steps.items():
         seconds = _seconds(step, device)
-        if seconds < _SLOW:
+        if seconds < slow:
             step()
             seconds = _seconds(step, device)
         repeats[name] = max(1, math.ceil(min_block / seconds)) if device.type == "cpu" else 1

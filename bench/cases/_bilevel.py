@@ -258,6 +258,8 @@ def peers(bilevel: Bilevel, *, gauss_newton: bool = False) -> tuple[list[Contest
         for name, (module, make) in those.items():
             if importlib.util.find_spec(module) is None:
                 left_out[name] = f"{module} is not installed"
+            elif bilevel.problem.setting.quick and name == "curvlinops" and len(bilevel.params) > 10:
+                left_out[name] = "--quick"  # a second a step, however small the layers are
             else:
                 found.append(bilevel.contestant(name, BASELINE, make(bilevel), kind))
     return found, left_out

@@ -73,14 +73,15 @@ class _Block(nn.Module):
 
 
 class _ResNet18(nn.Module):
-    """The network of 18 layers, with the first one for 32x32 images."""
+    """The network of 18 layers, with the first one for 32x32 images; of 10 with one block for each width."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, blocks_each: int = 2) -> None:
         super().__init__()
         widths = [width << i for i in range(4)]
         blocks = []
         for channels_in, channels in zip([width, *widths], widths, strict=False):
-            blocks += [_Block(channels_in, channels, 1 if channels == width else 2), _Block(channels, channels, 1)]
+            blocks.append(_Block(channels_in, channels, 1 if channels == width else 2))
+            blocks += [_Block(channels, channels, 1) for _ in range(blocks_each - 1)]
         stem = [nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
         self.features = nn.Sequential(*stem, *blocks)
         self.head = nn.Linear(widths[-1], CLASSES)
@@ -151,22 +152,18 @@ class Kind:
     call: Call | None = None
 
 
-def _dense_kind(
-    summary: str, sizes: Sequence[int], batch: int, quick: Sequence[int] = (), quick_batch: int = 0
-) -> Kind:
+def _dense_kind(summary: str, sizes: Sequence[int], batch: int, quick: Sequence[int] = ()) -> Kind:
     def size(sizes: Sequence[int], batch: int) -> Size:
         return Size(lambda: _dense(*sizes), (batch, sizes[0]))
 
-    return Kind(summary, size(sizes, batch), size(quick or sizes, quick_batch or batch), _call_dense)
+    return Kind(summary, size(sizes, batch), size(quick or sizes, 16), _call_dense)
 
 
 KINDS: dict[str, Kind] = {
     "logistic": _dense_kind("logistic regression, 784-10, batch 64", (784, CLASSES), 64),
     "mlp": _dense_kind("an MLP 64-64-10, batch 64", (64, 64, CLASSES), 64),
     "deep-mlp": _dense_kind("an MLP of 7 layers of 16, batch 64", (20, *[16] * 6, CLASSES), 64),
-    "large-mlp": _dense_kind(
-        "an MLP 784-512-512-10, batch 256", (784, 512, 512, CLASSES), 256, (48, 32, 32, CLASSES), 16
-    ),
+    "large-mlp": _dense_kind("an MLP 784-512-512-10, batch 256", (784, 512, 512, CLASSES), 256, (48, 32, 32, CLASSES)),
     "cnn": Kind(
         "three convolutions on 32x32 images, batch 32",
         Size(lambda: _convolutional(3, 16, 32, 32), (32, 3, 32, 32)),
@@ -176,12 +173,12 @@ KINDS: dict[str, Kind] = {
     "resnet18": Kind(
         "ResNet-18 of width 16 on 32x32 images, normalizations in eval mode, batch 8",
         Size(lambda: _ResNet18(16), (8, 3, 32, 32)),
-        Size(lambda: _ResNet18(2), (2, 3, 16, 16)),
+        Size(lambda: _ResNet18(2, 1), (2, 3, 16, 16)),
     ),
     "transformer": Kind(
         "a transformer of 4 layers of 64 with 4 heads on 32 tokens, batch 16",
         Size(lambda: _Transformer(1_000, 32, 64, 4, 4), (16, 32), 1_000),
-        Size(lambda: _Transformer(20, 6, 8, 2, 4), (3, 6), 20),
+        Size(lambda: _Transformer(20, 6, 8, 2, 1), (3, 6), 20),
     ),
 }
 

@@ -54,7 +54,7 @@ class _Sums:
 
 def _build(kind: str, name: str, num_terms: int, setting: Setting) -> Field:
     problem = Problem(name, setting)
-    most = 2 if name in ("resnet18", "transformer") else 5
+    most = 2 if name in ("resnet18", "transformer") else 4
     sums = _Sums(kind, problem, min(num_terms, most) if setting.quick else num_terms)
     ours = _curvatures.ours(kind)
     contestants = [sums.contestant(ours, OURS)]
@@ -108,5 +108,6 @@ for _kind in (GAUSS_NEWTON, EMPIRICAL_FISHER):
                     f"{KINDS[_name].summary}",
                     functools.partial(_build, _kind, _name, _num_terms),
                     tuple(_goals(_kind, _name, _num_terms)),
+                    quick=_num_terms == 20 or _name == "mlp",
                 )
             )
