@@ -11,6 +11,9 @@ OURS = "ours"
 BASELINE = "baseline"
 YARDSTICK = "yardstick"
 
+#: The yardstick whose time is the unit of the cases that have it.
+TRAINING_PASS = "forward + backward"
+
 
 @dataclass
 class Contestant:

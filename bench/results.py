@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from .registry import OURS, Contestant, Goal
+from .registry import OURS, TRAINING_PASS, Contestant, Goal
 from .timing import Samples, Spread, ratio
 
 IDLE = 0.9  # of the CPU time that all threads could have used in the time measured
@@ -109,3 +110,9 @@ def judge(
         met = None if note or measured is None else measured <= goal.at_most
         verdicts.append(Verdict(goal.text, goal.against or "extra memory / params", goal.at_most, measured, met, note))
     return verdicts
+
+
+def pass_seconds(result: Mapping[str, Any]) -> float | None:
+    """Of a result as it is written: the seconds of a forward and backward pass, where that is the case's unit."""
+    seconds: list[float] = [row["seconds"]["median"] for row in result["rows"] if row["name"] == TRAINING_PASS]
+    return seconds[0] if seconds else None

@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda must find a CUDA device; torch sees none. Use --device cpu.")
     device = torch.device("cuda", torch.cuda.current_device()) if options.device == "cuda" else torch.device("cpu")
+    torch.backends.cudnn.allow_tf32 = False  # convolutions in float32 are compared with float64
     setting = Setting(device, options.quick)
     threads = options.threads or _default_threads(options.device)
 

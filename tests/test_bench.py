@@ -5,12 +5,13 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import plot, registry, results, run, timing
+from bench import plot, registry, results, run, table, timing
 from bench.registry import OURS, YARDSTICK, Case, Contestant, Goal, Setting
 from bench.timing import Samples, Spread
 
@@ -55,7 +56,7 @@ def test_update_keeps_what_is_not_measured_again(tmp_path):
     assert len(json.loads(path.read_text(encoding="utf-8"))["results"]) == 2
 
 
-@pytest.mark.parametrize("name", registry.CASES)
+@pytest.mark.parametrize("name", [case.name for case in registry.select("*", quick=True)])
 def test_every_contestant_is_right_or_left_out_by_name(name):
     field = registry.CASES[name].build(Setting(torch.device("cpu"), quick=True))
     names = [c.name for c in field.contestants]
@@ -99,6 +100,28 @@ def test_time_against_products_is_drawn(tmp_path):
     figures.write_text(json.dumps({"results": []}), encoding="utf-8")
     with pytest.raises(SystemExit, match="got none"):
         plot.main(str(figures), str(picture))
+
+
+def test_time_in_passes_is_drawn_and_tabled(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    figures, picture = tmp_path / "figures.json", tmp_path / "out.svg"
+    line = ["--quick", "--threads", "1", "--json", str(figures), "--case", "solve/gauss_newton/mlp-K*"]
+    assert run.main(line) == 0
+    plot.main(str(figures), str(picture), "solve/gauss_newton")
+    assert "<svg" in picture.read_text(encoding="utf-8")
+    found = json.loads(figures.read_text(encoding="utf-8"))["results"]
+    (lines,) = plot._panels(found, "solve/gauss_newton").values()
+    assert registry.TRAINING_PASS not in lines and "GaussNewton, K = 20" not in lines
+    by_name = {row["name"]: row["seconds"]["median"] for row in found[0]["rows"]}
+    terms, _, middle, _ = lines["GaussNewton"][0]
+    assert terms == 1 and middle == pytest.approx(by_name["GaussNewton"] / by_name[registry.TRAINING_PASS])
+    assert plot._unit(found, "solve/gauss_newton") == "time in forward + backward passes"
+    capsys.readouterr()
+    table.main(str(figures))
+    text = capsys.readouterr().out
+    assert f"| mlp-K1 | 1 | {1e3 * by_name[registry.TRAINING_PASS]:.3g} | {middle:.3g}" in text
+    order = [text.index(f"| mlp-K{k} |") for k in (1, 5, 20, 100)]
+    assert order == sorted(order)
 
 
 def wrong(how):
@@ -212,6 +235,36 @@ def test_goals_are_judged_at_full_size_and_against_those_who_are_there():
     idle = rows_of([1e-3], [2e-3], threads=2, cpu=1.0)
     assert [v.met for v in results.judge(goals, idle, 1000, full_size=True, shares=True)] == [None, None, None, True]
     assert [v.met for v in results.judge(goals, idle, 1000, full_size=True, shares=False)] == [True, False, None, True]
+
+
+def test_a_goal_of_memory_is_over_that_of_a_contestant():
+    goals = (Goal("theirs", 1.05, "", of_memory=True),)
+    rows = rows_of([9.0], [1.0], extra=1000)
+    for extra, met in ((1000, True), (900, False)):
+        rows["theirs"].extra_bytes = extra
+        (verdict,) = results.judge(goals, rows, 10, full_size=True, shares=True)
+        assert verdict.met is met and verdict.measured == pytest.approx(1000 / extra)
+
+
+def test_a_quick_run_leaves_out_cases_that_say_so(capsys):
+    case = "solve/gauss_newton/cnn-K100"
+    assert case in registry.CASES and not registry.select(case, quick=True) and registry.select(case)
+    with pytest.raises(SystemExit):
+        run.main(["--quick", "--case", case])
+    message = capsys.readouterr().err
+    assert f"got {case!r}" in message and case not in message.split("Cases:")[1]
+
+
+def test_slow_contestants_get_fewer_rounds():
+    def found(patience):
+        step = {"a": lambda: time.sleep(0.01)}
+        return len(
+            timing.measure(
+                step, torch.device("cpu"), budget=0.0, min_block=0.0, min_rounds=9, patience=patience, slow=0.0
+            )["a"].wall
+        )
+
+    assert found(0.01) == 3 and found(10.0) == 9 and 3 <= found(0.06) <= 6
 
 
 def test_contestants_take_turns():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..registry import YARDSTICK, Contestant, Setting
+from ..registry import TRAINING_PASS, YARDSTICK, Contestant, Setting
 from . import _inputs
 
 CLASSES = 10
@@ -251,9 +251,6 @@ class Problem:
         """A training step without its optimizer: the unit in which products and solves are counted."""
         step = lambda: torch.autograd.grad(self.inner_loss(), self.params)  # noqa: E731
         return Contestant(TRAINING_PASS, YARDSTICK, step, 0)
-
-
-TRAINING_PASS = "forward + backward"
 
 
 def _move_norms(model: nn.Module) -> None:

@@ -3,10 +3,10 @@
 import functools
 
 from .. import registry
-from ..registry import BASELINE, OURS, Case, Field, Goal, Setting
+from ..registry import BASELINE, OURS, TRAINING_PASS, Case, Field, Goal, Setting
 from . import _curvatures, _inputs
 from ._curvatures import EMPIRICAL_FISHER, GAUSS_NEWTON, Way
-from ._problems import KINDS, TRAINING_PASS, Params, Problem, compared
+from ._problems import KINDS, Params, Problem, compared
 
 PROBLEMS = ("logistic", "mlp", "large-mlp", "cnn", "resnet18", "transformer")
 

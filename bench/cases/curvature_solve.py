@@ -6,10 +6,10 @@ The operator is made in the solve: in a training loop the params, and so the mat
 import functools
 
 from .. import registry
-from ..registry import BASELINE, OURS, YARDSTICK, Case, Contestant, Field, Goal, Setting
+from ..registry import BASELINE, OURS, TRAINING_PASS, YARDSTICK, Case, Contestant, Field, Goal, Setting
 from . import _curvatures, _inputs
 from ._curvatures import EMPIRICAL_FISHER, GAUSS_NEWTON, ROUTES, Way
-from ._problems import KINDS, TRAINING_PASS, Params, Problem, compared
+from ._problems import KINDS, Params, Problem, compared
 
 NUM_TERMS = (1, 5, 20, 100)
 #: Where one product takes a good part of a second, a hundred of each contestant would take half an hour.
