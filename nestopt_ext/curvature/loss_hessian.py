@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -194,6 +195,40 @@ class DiagonalLossHessian(LossHessian):
         size = self.outputs.numel()
         units = torch.eye(size, dtype=self.outputs.dtype, device=self.outputs.device)
         return units.view(size, *self.outputs.shape), self._entries.detach().reshape(-1)
+
+
+class OuterProducts(LossHessian):
+    """The sum over terms of weight * s s', with s the gradient of a term in the outputs, no two of them overlapping.
+
+    ``gradient`` holds all s side by side, like the outputs; ``dims`` are the dimensions that one term reaches over, and
+    ``weight`` is a number, 0-dim.
+    """
+
+    def __init__(self, outputs: Tensor, gradient: Tensor, dims: tuple[int, ...], weight: Tensor) -> None:
+        super().__init__("empirical_fisher", outputs)
+        self._gradient = gradient
+        self._weighted = (weight * gradient.to(weight.dtype)).to(gradient.dtype)
+        self._weight = weight
+        self._dims = dims
+
+    def _product(self, u: Tensor) -> Tensor:
+        dots = self._gradient * u
+        if self._dims:
+            dots = dots.sum([d - self._gradient.dim() for d in self._dims], keepdim=True)
+        return self._weighted * dots
+
+    def products(self, u: Tensor) -> Tensor:
+        """Each of k tensors times the same."""
+        return self.product(u)
+
+    def factor(self) -> tuple[Tensor, Tensor]:
+        """The gradients of the terms, one by one, and the weight."""
+        with torch.no_grad():
+            terms = [size for d, size in enumerate(self._gradient.shape) if d not in self._dims]
+            count = math.prod(terms)
+            units = torch.eye(count, dtype=self._gradient.dtype, device=self._gradient.device)
+            kept = [1 if d in self._dims else size for d, size in enumerate(self._gradient.shape)]
+            return units.view(count, *kept) * self._gradient, self._weight.expand(count)
 
 
 class _DoubleBackward(LossHessian):

@@ -1,0 +1,182 @@
+"""A model's Jacobian on one batch: from a recording of the model where that can be had, else by autograd."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .._types import TensorList
+from . import _rules  # noqa: F401  registers the rules
+from ._evaluation import Evaluation
+from ._gradient import named_faults
+from ._linearization import Linearization
+from ._model import Model
+from ._tape import Node, Recorder, Tape, Unrecordable, Var, tensors_in
+
+#: Vectors that are carried through a recording at once.
+_AT_ONCE = 64
+#: What a notice has been given of already.
+_noticed: set[str] = set()
+
+
+class Jacobian(Protocol):
+    """Products with the Jacobian J of a model's outputs on a batch, and with J'; all without graph."""
+
+    def forward(self, v: TensorList) -> Tensor:
+        """J v, like the outputs."""
+        ...
+
+    def forwards(self, v: TensorList) -> Tensor:
+        """J v for k lists, [k, *shape] for each param; [k, *shape of the outputs]."""
+        ...
+
+    def backward(self, u: Tensor) -> TensorList:
+        """J' u, a list like the params."""
+        ...
+
+    def backwards(self, u: Tensor) -> TensorList:
+        """J' u for k tensors, [k, *shape of the outputs]; [k, *shape] for each param."""
+        ...
+
+    def backward_into(self, u: Tensor, into: TensorList) -> None:
+        """Adds J' u to ``into``, in place."""
+        ...
+
+
+class Opaque(Node):
+    """A function without a rule, differentiated by autograd: J' by its graph, J by the graph of that."""
+
+    def __init__(self, caller: str, output: Tensor, leaves: TensorList, operands: list[Var]) -> None:
+        super().__init__(*operands)
+        self._jacobian = Linearization(caller, "model", output, leaves)
+        self._leaves = leaves
+
+    def jvp(self, tangents: Sequence[Tensor | None]) -> Tensor:
+        """By the graph of the gradient."""
+        return self._jacobian.forward(
+            [torch.zeros_like(x) if t is None else t for x, t in zip(self._leaves, tangents, strict=True)]
+        )
+
+    def vjps(self, cotangent: Tensor, into: Sequence[Tensor | None]) -> list[Tensor]:
+        """By one backward pass for all operands."""
+        found = self._jacobian.backward(cotangent)
+        return [t if s is None else s.add_(t) for s, t in zip(into, found, strict=True)]
+
+
+class Recording:
+    """The Jacobian by the rules of a tape."""
+
+    def __init__(
+        self,
+        caller: str,
+        tape: Tape,
+        params: TensorList,
+        data: Sequence[Tensor],
+        evaluation: Evaluation | None,
+    ) -> None:
+        self.tape = tape
+        self._caller = caller
+        self._params = params
+        self._evaluation = evaluation
+        self._versions = [(t, t._version) for t in (*params, *data) if not t.is_inference()]
+
+    def forward(self, v: TensorList) -> Tensor:
+        """J v."""
+        with self._reading():
+            return self.tape.jvp(v)
+
+    def forwards(self, v: TensorList) -> Tensor:
+        """J v for k lists at once."""
+        with self._reading():
+            return _at_once(lambda *v: [self.tape.jvp(v)], v, [self.tape.outputs])[0]
+
+    def backward(self, u: Tensor) -> TensorList:
+        """J' u."""
+        with self._reading():
+            return self._filled(self.tape.vjp(u))
+
+    def backwards(self, u: Tensor) -> TensorList:
+        """J' u for k tensors at once."""
+        with self._reading():
+            return _at_once(lambda u: self._filled(self.tape.vjp(u, in_place=False)), [u], self._params)
+
+    def backward_into(self, u: Tensor, into: TensorList) -> None:
+        """Adds J' u, each layer's part where it arises."""
+        with self._reading():
+            for t, found in zip(into, self.tape.vjp(u, into), strict=True):
+                if found is not t and found is not None:
+                    t.copy_(found)
+
+    def _filled(self, found: Sequence[Tensor | None]) -> TensorList:
+        """Zeros for None, and memory of its own for each."""
+        return [
+            torch.zeros_like(p, requires_grad=False) if t is None else t
+            for t, p in zip(found, self._params, strict=True)
+        ]
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Without graph, with everything as it was recorded."""
+        with named_faults(self._caller, "model"):
+            if any(t._version != version for t, version in self._versions):
+                raise RuntimeError("a recorded tensor was modified by an inplace operation")
+            if self._evaluation is None:
+                with torch.no_grad():
+                    yield
+            else:
+                with self._evaluation.differentiating(), torch.no_grad():
+                    yield
+
+
+def _at_once(function: Callable[..., list[Tensor]], arguments: Sequence[Tensor], like: TensorList) -> TensorList:
+    """The function of each row of the arguments, [k, *shape]: some rows at once, or one by one where that fails."""
+    count = len(arguments[0])
+    if count == 0:
+        return [t.new_zeros((0, *t.shape), requires_grad=False) for t in like]
+    try:
+        found: list[Tensor] = torch.func.vmap(function, chunk_size=min(count, _AT_ONCE))(*arguments)
+        return found
+    except (RuntimeError, NotImplementedError, ValueError):  # an operation without a batching rule
+        rows = [function(*row) for row in zip(*arguments, strict=True)]
+        return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+def recorded(
+    caller: str, model: Model, inputs: Any, params: TensorList, call: Callable[[Callable[[], Any]], Evaluation]
+) -> tuple[Tensor, Recording]:
+    """The model's outputs, without graph, and the recording of their evaluation; raises :class:`Unrecordable`."""
+    data = list(tensors_in((inputs,)))
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        raise Unrecordable("autocast is on")
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise Unrecordable("a transform of torch.func is running")
+
+    def run() -> Tape | None:
+        recorder = Recorder(params, data, lambda out, leaves, operands: Opaque(caller, out, leaves, operands))
+        with recorder:
+            outputs = model.outputs(inputs)
+        return recorder.tape(outputs)
+
+    evaluation = call(run)
+    tape: Tape | None = evaluation.value
+    if tape is None:
+        raise Unrecordable("its output does not depend on the params")
+    if tape.opaque:
+        notice(caller, tape.opaque)
+    return tape.outputs, Recording(caller, tape, params, data, evaluation if evaluation.has_written else None)
+
+
+def notice(caller: str, functions: Sequence[str]) -> None:
+    """Says once of each function that it has no rule."""
+    new = [name for name in functions if name not in _noticed]
+    _noticed.update(new)
+    if new:
+        warnings.warn(
+            f"{caller}: no rule for {', '.join(new)}: autograd takes that part, at about three times the cost.",
+            stacklevel=2,
+        )
