@@ -126,7 +126,10 @@ def by_example(t: Tensor, dim: int, batch: int) -> Tensor:
 
 def accumulated(result: Tensor, into: Tensor | None) -> Tensor:
     """The result, or ``into`` with the result added."""
-    return result if into is None else into.add_(result)
+    if into is not None:
+        into.add_(result)
+        return into
+    return result
 
 
 Rule = Callable[..., Any]
@@ -154,11 +157,14 @@ def rule(*functions: Any) -> Callable[[_R], _R]:
 class Tape:
     """The recording of a function of ``params``: one output tensor, and the nodes between."""
 
-    def __init__(self, num_params: int, num_slots: int, nodes: list[Node], output: Var, opaque: list[str]) -> None:
+    def __init__(
+        self, num_params: int, num_slots: int, nodes: list[Node], data: list[Var], output: Var, opaque: list[str]
+    ) -> None:
         self.outputs = output.value
         self.opaque = tuple(dict.fromkeys(opaque))
         self.nodes = _needed(nodes, output.slot)
         self.all_nodes = nodes
+        self.data = data
         self.num_params = num_params
         self._output = output.slot
         self._num_slots = num_slots
@@ -252,7 +258,7 @@ class Recorder(TorchFunctionMode):
         self.opaque: list[str] = []
         self.data: list[Var] = []
         #: Constants that rules were given, and what version they had.
-        self._versions: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._versions: Any = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
         for p in params:
             self._bind(p, self._new(p.detach(), active=True))
         for t in data:
@@ -271,7 +277,7 @@ class Recorder(TorchFunctionMode):
             return None
         if any(t._version != version for t, version in self._versions.items()):
             raise Unrecordable("a tensor was changed in place after it was used")
-        return Tape(self._num_params, self._num_slots, self.nodes, var, self.opaque)
+        return Tape(self._num_params, self._num_slots, self.nodes, self.data, var, self.opaque)
 
     # ---- what runs under the mode -----------------------------------------------------------------------------------
 
@@ -336,8 +342,9 @@ class Recorder(TorchFunctionMode):
     def _check_unwritten(self, func: Any, args: Any, kwargs: Any) -> None:
         """With grad mode off everything is a constant, but the recorded memory must stay as it is."""
         name = _name(func)
-        if (func in OUT_OF_PLACE or _writes(name, kwargs)) and args:
-            if any(self._find(t) is not None for t in tensors_in((args[0], *kwargs.values()))):
+        if func in OUT_OF_PLACE or _writes(name, kwargs):
+            targets = tensors_in((args[:1], tuple(kwargs.values())))
+            if any(self._find(t) is not None for t in targets):
                 raise Unrecordable(f"{name} writes in place to a part of the recording")
 
     def _constant(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
@@ -448,7 +455,8 @@ class Recorder(TorchFunctionMode):
         # Other memory under the same tensor: what rules have kept of the old value stays.
         target.data = value.detach()
         self._bind(target, self._var(node, value))
-        return target
+        rebound: Tensor = target
+        return rebound
 
 
 #: Makes the node of a function without a rule, from its result with a graph, the leaves of that, and the operands.

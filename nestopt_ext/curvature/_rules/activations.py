@@ -50,7 +50,7 @@ _with_inplace(relu, 1)
 @rule(F.leaky_relu)
 def leaky_relu(input: Operand, negative_slope: float = 0.01, inplace: bool = False) -> Any:
     x = value_of(input)
-    factor = torch.where(x > 0, 1.0, negative_slope).to(x.dtype)
+    factor = torch.where(x > 0, x.new_ones(()), x.new_full((), negative_slope))
     return Factor(input, factor), F.leaky_relu(x, negative_slope)
 
 

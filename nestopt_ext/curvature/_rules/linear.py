@@ -43,11 +43,12 @@ class Linear(Node):
             return accumulated(rows.sum(0), into)
         left, right = (rows, self.weight) if i == 0 else (rows.t(), self.x.reshape(-1, self.x.shape[-1]))
         if into is None:
-            return (left @ right).view(self.x.shape if i == 0 else self.weight.shape)
+            product: Tensor = left @ right
+            return product.view(self.x.shape if i == 0 else self.weight.shape)
         if into.is_contiguous():
             into.view(left.shape[0], right.shape[1]).addmm_(left, right)
             return into
-        return into.add_((left @ right).view(into.shape))
+        return accumulated((left @ right).view(into.shape), into)
 
     def batch_dim(self, dims: Sequence[int | None]) -> int | None:
         """That of x, unless it is the one that is summed over."""
