@@ -77,7 +77,7 @@ class Recording:
         tape: Tape,
         params: TensorList,
         data: Sequence[Tensor],
-        evaluation: Evaluation | None,
+        evaluation: Evaluation,
     ) -> None:
         self.tape = tape
         self._caller = caller
@@ -122,15 +122,12 @@ class Recording:
     @contextmanager
     def _reading(self) -> Iterator[None]:
         """Without graph, with everything as it was recorded."""
-        with named_faults(self._caller, "model"):
-            if any(t._version != version for t, version in self._versions):
-                raise RuntimeError("a recorded tensor was modified by an inplace operation")
-            if self._evaluation is None:
-                with torch.no_grad():
-                    yield
-            else:
-                with self._evaluation.differentiating(), torch.no_grad():
-                    yield
+        for t, version in self._versions:
+            if t._version != version:
+                with named_faults(self._caller, "model"):
+                    raise RuntimeError("a recorded tensor was modified by an inplace operation")
+        with self._evaluation.differentiating(), torch.no_grad():
+            yield
 
 
 def _at_once(function: Callable[..., list[Tensor]], arguments: Sequence[Tensor], like: TensorList) -> TensorList:
@@ -168,7 +165,7 @@ def recorded(
         raise Unrecordable("its output does not depend on the params")
     if tape.opaque:
         notice(caller, tape.opaque)
-    return tape.outputs, Recording(caller, tape, params, data, evaluation if evaluation.has_written else None)
+    return tape.outputs, Recording(caller, tape, params, data, evaluation)
 
 
 def notice(caller: str, functions: Sequence[str]) -> None:

@@ -260,10 +260,10 @@ class Recorder(TorchFunctionMode):
         #: Constants that rules were given, and what version they had.
         self._versions: Any = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
         for p in params:
-            self._bind(p, self._new(p.detach(), active=True))
+            self._bind(p, self._new(p.data, active=True))
         for t in data:
             if id(t) not in self._vars:
-                self._bind(t, self._new(t.detach(), active=False))
+                self._bind(t, self._new(t.data, active=False))
                 self.data.append(self._vars[id(t)][1])
 
     def tape(self, output: Tensor) -> Tape | None:
@@ -420,20 +420,20 @@ class Recorder(TorchFunctionMode):
 
     def _var(self, node: Node, value: Tensor) -> Var:
         """A new variable that ``node`` computes."""
-        var = self._new(value.detach(), bool(node.wanted))
+        var = self._new(value, bool(node.wanted))
         node.output = var.slot
         self.nodes.append(node)
         return var
 
     def _operands(self, values: Any) -> list[Any]:
         def operand(t: Tensor) -> Operand:
-            return self._find(t) or t.detach()
+            return self._find(t) or t.data
 
         return list(mapped(tuple(values), operand))
 
     def _hand_out(self, node: Node, value: Tensor) -> Tensor:
         """A tensor for the code that is recorded."""
-        tensor = value.detach()
+        tensor = value.data
         if node.wanted:
             tensor.requires_grad_()
         self._bind(tensor, self._var(node, value))
@@ -453,7 +453,7 @@ class Recorder(TorchFunctionMode):
             if other is not None and other is not target and other.untyped_storage().data_ptr() == storage:
                 raise Unrecordable(f"{name} writes in place to memory that another tensor shares")
         # Other memory under the same tensor: what rules have kept of the old value stays.
-        target.data = value.detach()
+        target.data = value.data
         self._bind(target, self._var(node, value))
         rebound: Tensor = target
         return rebound
