@@ -279,6 +279,67 @@ def complex_sgd_step_(
     )
 
 
+# ---- dual_series ----------------------------------------------------------------------------------------------------
+
+
+def check_dual_series(
+    coefficients: Tensor,
+    sq_norms: Tensor,
+    gram: Tensor,
+    weights: Tensor,
+    projections: Tensor,
+    alpha: Tensor,
+    *,
+    damping: float = 0.0,
+) -> list[Tensor]:
+    check = _checks.ListCheck("dual_series_")
+    like = ("coefficients", coefficients)
+    _checks.finite("dual_series_", damping=damping)
+    check.leading("coefficients", coefficients, _checks.REAL)
+    check.rank("coefficients", coefficients, 1, "the rows")
+    check.vector("sq_norms", sq_norms, like, "that of v")
+    rows = coefficients.shape[0]
+    check.shaped("gram", gram, like, (rows, rows), "a row and a column for each of coefficients")
+    check.following("weights", weights, like, _SAME, written=False)
+    check.following("projections", projections, like, _SAME, written=False)
+    check.scalar("alpha", alpha, [coefficients])
+    check.memory()
+    return [coefficients, sq_norms]
+
+
+_dual_series_ = _define(
+    "dual_series_(Tensor(a!) coefficients, Tensor(b!) sq_norms, Tensor gram, Tensor weights, Tensor projections,"
+    " Tensor alpha, *, float damping=0.0) -> ()",
+    _reference.dual_series_,
+    check_dual_series,
+)
+
+
+def dual_series_(
+    coefficients: Tensor,
+    sq_norms: Tensor,
+    gram: Tensor,
+    weights: Tensor,
+    projections: Tensor,
+    alpha: Tensor,
+    *,
+    damping: float = 0.0,
+) -> None:
+    r"""All K terms of a Neumann series of :math:`G = R^\top \mathrm{diag}(\text{weights}) R` in the span of its N rows:
+    :math:`\sum_{j \le K} (I - \alpha (G + \text{damping}\, I))^j v = (\sum_{j \le K} q^j)\, v + R^\top c` with c the
+    ``coefficients`` and :math:`q = 1 - \alpha \cdot` ``damping``; see :func:`nestopt_ext._reference.dual_series_` for
+    the recurrence.
+
+    ``coefficients`` [N] and ``sq_norms`` [K + 1] are written: ``sq_norms[0]`` holds :math:`|v|^2` and stays, the others
+    receive the squared norms of the terms that follow. ``gram`` [N, N] = :math:`R R^\top`, symmetric, is float32 or
+    float64; ``coefficients``, ``sq_norms``, ``weights`` [N] and ``projections`` [N] = :math:`R v` are of one dtype,
+    float32 or float64. ``alpha`` (units 1/curvature) is a tensor of one element on the CPU or beside ``gram``.
+    Arithmetic is in float64. If the elements of a row of ``gram`` are not next to each other a native kernel works on a
+    copy. From a native kernel no bit depends on the number of threads; on CUDA all terms are one launch.
+    """
+    _dual_series_(coefficients, sq_norms, gram, weights, projections, alpha, damping=damping)
+
+
 # ---- neumann --------------------------------------------------------------------------------------------------------
 
 _PRODUCT = {
@@ -302,7 +363,8 @@ def check_neumann_step(
     _checks.finite("neumann_step_", damping=damping)
     check.leading("v", v)
     check.following("p", p, ("v", v), _SAME, written=True)
-    check.following("av", av, ("v", v), _PRODUCT, written=False)
+    if av:
+        check.following("av", av, ("v", v), _PRODUCT, written=False)
     check.scalar("alpha", alpha, v)
     if sq_norm is not None:
         check.scalar("sq_norm", sq_norm, v, written=True, on_cpu=False)
@@ -330,15 +392,47 @@ def neumann_step_(
     r"""One term of a Neumann series for a whole list of tensors: ``v -= alpha * (av + damping * v)``, then ``p += v``.
 
     ``v`` and ``p`` (float32, float64, bfloat16 or float16, any strides, one device) are updated in place; ``av`` has
-    their shapes and dtype, or a 16-bit dtype beside float32. ``alpha`` (units 1/curvature) is a tensor of one element
-    on the CPU or beside ``v``. ``sq_norm``, a tensor of one element beside ``v``, receives the squared norm of the new
-    ``v``; it stays on the device. From a native kernel its value does not depend on the number of threads.
+    their shapes and dtype, or a 16-bit dtype beside float32; or it is empty where ``v`` has been stepped already, and
+    then only ``p += v`` is left to do, without ``alpha`` and ``damping``. ``alpha`` (units 1/curvature) is a tensor of
+    one element on the CPU or beside ``v``. ``sq_norm``, a tensor of one element beside ``v``, receives the squared norm
+    of the new ``v``; it stays on the device. From a native kernel its value does not depend on the number of threads.
     """
     if not v and not p and not av:
         if sq_norm is not None:
             sq_norm.zero_()
         return
     _neumann_step_(v, p, av, alpha, damping=damping, sq_norm=sq_norm)
+
+
+# ---- rank_one_update ------------------------------------------------------------------------------------------------
+
+
+def check_rank_one_update(v: Sequence[Tensor], g: Sequence[Tensor], a: Tensor, b: Tensor) -> list[Tensor]:
+    check = _checks.ListCheck("rank_one_update_")
+    check.leading("v", v)
+    check.following("g", g, ("v", v), _PRODUCT, written=False)
+    check.scalar("a", a, v, finite=False)
+    check.scalar("b", b, v, finite=False)
+    check.memory()
+    return [*v]
+
+
+_rank_one_update_ = _define(
+    "rank_one_update_(Tensor(a!)[] v, Tensor[] g, Tensor a, Tensor b) -> ()",
+    _reference.rank_one_update_,
+    check_rank_one_update,
+)
+
+
+def rank_one_update_(v: Sequence[Tensor], g: Sequence[Tensor], a: Tensor, b: Tensor) -> None:
+    r"""``v <- a * v + b * g`` for a whole list of tensors, in one call: what a function of :math:`g g^\top` does to v.
+
+    ``v`` (float32, float64, bfloat16 or float16, any strides, one device) is updated in place; ``g`` has its shapes and
+    dtype, or a 16-bit dtype beside float32. ``a`` and ``b`` are tensors of one element (float32 or float64) on the CPU
+    or beside ``v``, of any value: a NaN in one of them is in every element then.
+    """
+    if v or g:
+        _rank_one_update_(v, g, a, b)
 
 
 # ---- softmax_hessian ------------------------------------------------------------------------------------------------
@@ -375,7 +469,14 @@ def softmax_hessian_(u: Tensor, logits: Tensor, row_weight: Tensor) -> None:
 
 _NATIVE = {
     (op, key.lower())
-    for op in ("complex_adam_step_", "complex_sgd_step_", "neumann_step_", "softmax_hessian_")
+    for op in (
+        "complex_adam_step_",
+        "complex_sgd_step_",
+        "dual_series_",
+        "neumann_step_",
+        "rank_one_update_",
+        "softmax_hessian_",
+    )
     for key in ("CPU", "CUDA")
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"nestopt_ext::{op}", key)
 }
