@@ -173,6 +173,26 @@ class ListCheck:
             )
         self._may_write(name, t)
 
+    def shape(self, name: str, t: Tensor, holds: bool, rule: str) -> None:
+        """The shape of ``t`` obeys a rule of the op's own."""
+        if not holds:
+            raise ValueError(f"{self.op}: {name} must {rule}; got shape {_shape(t)}.")
+
+    def operand(
+        self, name: str, t: Tensor, like: tuple[str, Tensor], dtypes: Mapping[torch.dtype, tuple[torch.dtype, ...]]
+    ) -> None:
+        """A tensor of a shape of its own beside another one, whose dtype tells those allowed here; only read."""
+        other, lead = like
+        self._strided(name, t)
+        if t.device != lead.device:
+            raise ValueError(f"{self.op}: {name} must be on {lead.device}, the device of {other}; got {t.device}.")
+        if t.dtype not in dtypes[lead.dtype]:
+            raise TypeError(
+                f"{self.op}: {name} must be {_either(dtypes[lead.dtype])} beside {other} of {_name(lead.dtype)};"
+                f" got {_name(t.dtype)}."
+            )
+        self._items.append((name, t, False))
+
     def row_numbers(self, name: str, t: Tensor, like: tuple[str, Tensor]) -> None:
         """A number, float32 or float64, for each row of the leading tensor; only read."""
         self.shaped(name, t, like, like[1].shape[:1], f"a number for each row of {like[0]}")

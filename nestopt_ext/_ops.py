@@ -340,6 +340,54 @@ def dual_series_(
     _dual_series_(coefficients, sq_norms, gram, weights, projections, alpha, damping=damping)
 
 
+# ---- hadamard_gram --------------------------------------------------------------------------------------------------
+
+#: The dtypes of factors beside an accumulator.
+_FACTORS = {torch.float32: (torch.float32, torch.bfloat16, torch.float16), torch.float64: _checks.FLOATING}
+
+
+def check_hadamard_gram(gram: Tensor, x: Tensor, y: Tensor, *, positions: int = 1) -> list[Tensor]:
+    op = "hadamard_gram_"
+    check = _checks.ListCheck(op)
+    _checks.require(op, "positions", positions, positions >= 1, "be positive")
+    check.leading("gram", gram, _checks.REAL)
+    check.rank("gram", gram, 2, "both of examples")
+    rows = gram.shape[0]
+    check.shape("gram", gram, gram.shape[1] == rows, "be square")
+    check.operand("x", x, ("gram", gram), _FACTORS)
+    check.rank("x", x, 2, "rows and features")
+    count = rows * positions
+    check.shape("x", x, x.shape[0] == count, f"have {count} rows, positions = {positions} for each row of gram")
+    check.operand("y", y, ("x", x), _SAME)
+    check.rank("y", y, 2, "rows and features")
+    whole = y.shape[0] % positions == 0 and (count % y.shape[0] == 0 if y.shape[0] > 0 else count == 0)
+    check.shape("y", y, whole, f"have positions = {positions} rows for each of a divisor of {rows} examples")
+    check.memory()
+    return [gram]
+
+
+_hadamard_gram_ = _define(
+    "hadamard_gram_(Tensor(a!) gram, Tensor x, Tensor y, *, int positions=1) -> ()",
+    _reference.hadamard_gram_,
+    check_hadamard_gram,
+)
+
+
+def hadamard_gram_(gram: Tensor, x: Tensor, y: Tensor, *, positions: int = 1) -> None:
+    r"""Adds to ``gram`` the inner products of the matrices ``sum_t x_t y_t'``, one for each example, which are never
+    formed: with T = ``positions``, ``gram[n, m] += sum_{s, t < T} (x[nT+s] . x[mT+t]) (y[n'T+s] . y[m'T+t])``, where
+    n' and m' are n and m modulo the number of examples in ``y``; see :func:`nestopt_ext._reference.hadamard_gram_`.
+
+    ``gram`` [N, N] (float32 or float64, any strides) is updated in place; it need not be symmetric. ``x`` [N T, O] and
+    ``y`` [M T, I], N a multiple of M, have one dtype: float32, float64 (beside float64 alone), bfloat16 or float16. The
+    inner products of rows are matrix products of torch, of float32 for 16-bit rows; the products of them are taken and
+    added up in the dtype of ``gram`` or a wider one. Beside ``gram`` some 16 MB are needed, whatever N and T. With the
+    weights of a linear layer, x the gradients of its outputs and y its inputs, or the other way round, this is the Gram
+    matrix of the gradients of N examples. Has no derivative.
+    """
+    _hadamard_gram_(gram, x, y, positions=positions)
+
+
 # ---- neumann --------------------------------------------------------------------------------------------------------
 
 _PRODUCT = {
@@ -435,6 +483,40 @@ def rank_one_update_(v: Sequence[Tensor], g: Sequence[Tensor], a: Tensor, b: Ten
         _rank_one_update_(v, g, a, b)
 
 
+# ---- row_dot --------------------------------------------------------------------------------------------------------
+
+
+def check_row_dot(out: Tensor, x: Tensor, y: Tensor) -> list[Tensor]:
+    check = _checks.ListCheck("row_dot_")
+    check.leading("out", out, _checks.REAL)
+    check.rank("out", out, 1, "the rows of x")
+    rows = out.shape[0]
+    check.operand("x", x, ("out", out), _FACTORS)
+    check.rank("x", x, 2, "rows and columns")
+    check.shape("x", x, x.shape[0] == rows, f"have a row for each element of out, {rows}")
+    check.operand("y", y, ("x", x), _SAME)
+    check.rank("y", y, 2, "rows and columns")
+    check.shape("y", y, y.shape[1] == x.shape[1], f"have the columns of x, {x.shape[1]}")
+    divides = rows % y.shape[0] == 0 if y.shape[0] > 0 else rows == 0
+    check.shape("y", y, divides, f"have a number of rows that divides those of x, {rows}")
+    check.memory()
+    return [out]
+
+
+_row_dot_ = _define("row_dot_(Tensor(a!) out, Tensor x, Tensor y) -> ()", _reference.row_dot_, check_row_dot)
+
+
+def row_dot_(out: Tensor, x: Tensor, y: Tensor) -> None:
+    r"""Inner products of the rows of two matrices: ``out[i] += sum_d x[i, d] * y[i mod M, d]``, M the rows of ``y``.
+
+    ``out`` [N] (float32 or float64, any stride) is updated in place. ``x`` [N, D] and ``y`` [M, D], N a multiple of M,
+    have one dtype: float32, float64 (beside float64 alone), bfloat16 or float16, which are multiplied in float32. Rows
+    may lie anywhere; if the elements of one are not next to each other a native kernel works on a copy. From a native
+    kernel a result does not depend on the number of threads. Has no derivative.
+    """
+    _row_dot_(out, x, y)
+
+
 # ---- softmax_hessian ------------------------------------------------------------------------------------------------
 
 
@@ -473,8 +555,10 @@ _NATIVE = {
         "complex_adam_step_",
         "complex_sgd_step_",
         "dual_series_",
+        "hadamard_gram_",
         "neumann_step_",
         "rank_one_update_",
+        "row_dot_",
         "softmax_hessian_",
     )
     for key in ("CPU", "CUDA")

@@ -214,6 +214,29 @@ def dual_series_(
     sq_norms[1:].copy_(torch.stack(norms)[1:])
 
 
+def hadamard_gram_(gram: Tensor, x: Tensor, y: Tensor, *, positions: int = 1) -> None:
+    r"""``gram[n, m] <- gram[n, m] + sum_{s, t < T} (x[nT+s] . x[mT+t]) (y[n'T+s] . y[m'T+t])``, T = ``positions``.
+
+    n' and m' are n and m modulo the number of examples in ``y``. With the matrices A_n = sum_t x[nT+t] y[n'T+t]', what
+    is added is the inner product of A_n and A_m. It goes by tiles of a few examples, of a few million numbers each.
+    """
+    if gram.numel() == 0:
+        return
+    math = opmath(x.dtype)
+    examples = y.shape[0] // positions
+    copies = gram.shape[0] // examples
+    grams = gram.view(copies, examples, copies, examples)
+    xs = x.to(math).view(copies, examples, positions, x.shape[1])
+    ys = y.to(math).view(examples, positions, y.shape[1])
+    step = max(1, 1024 // (copies * positions))
+    tiles = [slice(first, first + step) for first in range(0, examples, step)]
+    for i in tiles:
+        for j in tiles:
+            x_dots = torch.tensordot(xs[:, i], xs[:, j], dims=([3], [3])).to(gram.dtype)
+            y_dots = torch.tensordot(ys[i], ys[j], dims=([2], [2])).to(gram.dtype)
+            grams[:, i, :, j] += (x_dots * y_dots.unsqueeze(2)).sum((2, 5))
+
+
 def neumann_step_(
     v: Sequence[Tensor],
     p: Sequence[Tensor],
@@ -254,6 +277,15 @@ def rank_one_update_(v: Sequence[Tensor], g: Sequence[Tensor], a: Tensor, b: Ten
         math = opmath(v_i.dtype)
         scale, along = (_number(t, v_i.device).to(math) for t in (a, b))
         v_i.copy_(scale * v_i.to(math) + along * g_i.to(math))
+
+
+def row_dot_(out: Tensor, x: Tensor, y: Tensor) -> None:
+    r"""``out[i] <- out[i] + sum_d x[i, d] * y[i mod M, d]``, where M is the number of rows of ``y``."""
+    if x.numel() == 0:
+        return
+    math = opmath(x.dtype)
+    products = x.to(math).view(-1, *y.shape) * y.to(math)
+    out += products.sum(-1, dtype=out.dtype).flatten()
 
 
 def softmax_hessian_(u: Tensor, logits: Tensor, row_weight: Tensor) -> None:
