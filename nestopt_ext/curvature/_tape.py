@@ -77,8 +77,8 @@ class Node:
         """The same for all wanted operands, in their order."""
         return [self.vjp(i, cotangent, t) for i, t in zip(self.wanted, into, strict=True)]
 
-    def batch_dim(self, dims: Sequence[int | None]) -> int | None:
-        """Which dimension of the result runs over examples, from those of the operands; None for none.
+    def batch_dim(self, dims: Sequence[int | None], batch: int) -> int | None:
+        """Which dimension of the result runs over the ``batch`` examples, from those of the operands; None for none.
 
         That dimension may be a multiple of the number of examples, with what belongs to one next to each other. Raises
         :class:`MixesExamples` where a result would depend on several examples.
@@ -375,7 +375,7 @@ class Recorder(TorchFunctionMode):
                 result = func(*args, **kwargs)
             for t in tensors_in((result,)):
                 if id(t) not in self._vars:
-                    self._bind(t, self._var(Foreign(), t))
+                    self._bind(t, self._var(Foreign(t.shape), t))
             return result
         variables: dict[int, Var] = {}
         for t in tensors_in((args, tuple(kwargs.values()))):
@@ -464,7 +464,18 @@ OpaqueMaker = Callable[[Tensor, TensorList, list[Var]], Node]
 
 
 class Foreign(Node):
-    """Something computed from data in a way that is not known: it is no product, and its batch is nowhere."""
+    """Something computed from data in a way that is not known.
+
+    It does not depend on params, so only its place counts: whatever uses it keeps to entry n for example n, or refuses.
+    """
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self._shape = shape
+
+    def batch_dim(self, dims: Sequence[int | None], batch: int) -> int | None:
+        """The first, if it has a place for each example."""
+        return 0 if self._shape and batch and self._shape[0] and self._shape[0] % batch == 0 else None
 
 
 _ASKS = {

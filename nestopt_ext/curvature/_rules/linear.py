@@ -50,7 +50,7 @@ class Linear(Node):
             return into
         return accumulated((left @ right).view(into.shape), into)
 
-    def batch_dim(self, dims: Sequence[int | None]) -> int | None:
+    def batch_dim(self, dims: Sequence[int | None], batch: int) -> int | None:
         """That of x, unless it is the one that is summed over."""
         of_x, of_weight, of_bias = dims
         if of_weight is not None or of_bias is not None or (of_x is not None and of_x == self.x.dim() - 1):
