@@ -152,6 +152,17 @@ class _Softmax(LossHessian):
         self._dim = 0 if outputs.dim() == 1 else 1
         self._row_weight = known.row_weight(outputs, targets, denominator)
 
+    def product(self, u: Tensor) -> Tensor:
+        """By the op itself, in place on a copy of ``u``."""
+        with torch.no_grad():
+            if u.dim() == 2:
+                rows = u.clone(memory_format=torch.contiguous_format)
+                _functions.softmax_hessian_(rows, self.outputs, self._row_weight)
+                return rows
+            rows = u.movedim(self._dim, -1).clone(memory_format=torch.contiguous_format)
+            _functions.softmax_hessian_(rows, self._rows(self.outputs), self._row_weight)
+            return rows.movedim(-1, self._dim)
+
     def _product(self, u: Tensor) -> Tensor:
         rows = _functions.softmax_hessian(self._rows(self.outputs), u.movedim(self._dim, -1), self._row_weight)
         return rows.movedim(-1, self._dim)
