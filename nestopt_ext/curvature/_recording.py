@@ -148,8 +148,9 @@ def recorded(
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise Unrecordable("a transform of torch.func is running")
 
+    recorder = Recorder(params, data, lambda out, leaves, operands: Opaque(caller, out, leaves, operands))
+
     def run() -> Tape | None:
-        recorder = Recorder(params, data, lambda out, leaves, operands: Opaque(caller, out, leaves, operands))
         with recorder:
             outputs = model.outputs(inputs)
         return recorder.tape(outputs)

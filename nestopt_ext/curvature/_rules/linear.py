@@ -20,7 +20,6 @@ class Linear(Node):
         self.x, self.weight = value_of(x), value_of(weight)
         self.macs = self.x.numel() * self.weight.shape[0]
         self._rows = self.x if self.x.dim() == 2 else self.x.reshape(-1, self.x.shape[-1])
-        self._transposed = self.weight.t()
 
     def jvp(self, tangents: Sequence[Tensor | None]) -> Tensor:
         of_x, of_weight, of_bias = tangents
@@ -33,7 +32,7 @@ class Linear(Node):
         if of_x is None:
             return result
         if result.dim() == 2:
-            return result.addmm(of_x, self._transposed)
+            return result.addmm(of_x, self.weight.t())
         return result + F.linear(of_x, self.weight)
 
     def vjp(self, i: int, cotangent: Tensor, into: Tensor | None) -> Tensor:
