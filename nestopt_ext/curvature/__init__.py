@@ -6,6 +6,7 @@ from .empirical_fisher import EmpiricalFisher
 from .gauss_newton import GaussNewton, ggnvp
 from .hessian import Hessian, hvp
 from .kfac import KFAC
+from .linearize import Linearized, linearize
 from .loss_hessian import LossHessian, loss_hessian
 from .over_batches import OverBatches
 from .rank_one import RankOne
@@ -17,11 +18,13 @@ __all__ = [
     "EmpiricalFisher",
     "GaussNewton",
     "Hessian",
+    "Linearized",
     "LossHessian",
     "OverBatches",
     "RankOne",
     "all_reduced",
     "ggnvp",
     "hvp",
+    "linearize",
     "loss_hessian",
 ]

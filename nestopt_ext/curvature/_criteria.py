@@ -38,6 +38,10 @@ class Criterion(ABC):
     def total_weight(self, outputs: Tensor, targets: Targets) -> Tensor | int:
         """What reduction "mean" divides by; of ``outputs`` only the number of dimensions is asked."""
 
+    @abstractmethod
+    def term_dims(self, outputs: Tensor) -> tuple[int, ...]:
+        """The dimensions of the outputs over which one term of the loss reaches."""
+
     def spans_batch(self, outputs: Tensor) -> bool:
         """Whether an option holds a value for each example, so that a part of the batch would need a part of it."""
         return False
@@ -84,6 +88,10 @@ class CrossEntropy(Criterion):
             return kept.sum()
         return torch.where(kept, self.weight[torch.where(kept, target, 0)], 0).sum()
 
+    def term_dims(self, outputs: Tensor) -> tuple[int, ...]:
+        """The classes."""
+        return (self._dim(outputs),)
+
     def rows(self, outputs: Tensor) -> Tensor:
         """The logits with the classes last: [..., C]."""
         return outputs.movedim(self._dim(outputs), -1)
@@ -128,6 +136,10 @@ class Elementwise(Criterion):
     def terms(self, outputs: Tensor, targets: Targets) -> Tensor:
         elements = self.elements(outputs, targets)
         return elements.reshape(1, 1) if elements.dim() == 0 else elements.reshape(len(elements), -1).sum(1)
+
+    def term_dims(self, outputs: Tensor) -> tuple[int, ...]:
+        """All but the first."""
+        return tuple(range(1, outputs.dim()))
 
     def total_weight(self, outputs: Tensor, targets: Targets) -> Tensor | int:
         numel: int = targets[0].numel()

@@ -59,6 +59,10 @@ class Linearization:
         with self._differentiating():
             return vjps([self._outputs], self._params, [u])
 
+    def backward_into(self, u: Tensor, into: TensorList) -> None:
+        """Adds J' u to ``into``, in place."""
+        torch._foreach_add_(into, self.backward(u))
+
     @contextmanager
     def _differentiating(self) -> Iterator[None]:
         with self._evaluation.differentiating(), named_faults(self._caller, self._name):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Generator
 from contextlib import closing
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,16 +16,22 @@ from .._types import TensorList
 from ._criteria import Criterion, Targets, recognize, reduction_of
 from ._evaluation import Evaluation, Replay
 from ._linearization import Linearization
+from ._loop import neumann_sum
 from ._model import Model, Params, batch_size, part_of
 from ._operator import CurvatureOperator
+from ._recording import Jacobian, recorded
 from ._vjp import joined
 from .loss_hessian import LossHessian, as_targets, check_criterion
+
+_T = TypeVar("_T")
 
 #: Rows that are worth forming one by one.
 MAX_ROWS = 4096
 
 #: A Jacobian, and the matrix between it and its transpose.
-Piece = tuple[Linearization, LossHessian]
+Piece = tuple[Jacobian, LossHessian]
+#: What calls a closure, leaving nothing of it behind.
+Call = Callable[[Callable[[], Any]], Evaluation]
 
 
 class ModelCurvature(CurvatureOperator):
@@ -48,11 +54,12 @@ class ModelCurvature(CurvatureOperator):
         self._inputs = inputs
         self._targets = as_targets(targets)
         self._replay = Replay()
+        #: Why the model cannot be recorded; None as long as it can.
+        self._unrecordable: str | None = None
         if microbatch is None:
             self._size = self._step = None
             self._total: Tensor | int | None = None
-            with self._replay.run() as call:
-                self._whole: Piece | None = self._piece(call, inputs, self._targets, None)
+            self._whole: Piece | None = self._first(lambda call: self._piece(call, inputs, self._targets, None))
             return
         if isinstance(microbatch, bool) or not isinstance(microbatch, int):
             raise TypeError(f"{caller}: microbatch must be None or an int; got {microbatch!r}.")
@@ -64,11 +71,23 @@ class ModelCurvature(CurvatureOperator):
         self._whole = self._total = None
         self._check_first_part(caller)
 
+    def _first(self, evaluate: Callable[[Call], _T]) -> _T:
+        """The first evaluation of the model: recorded, or by autograd if anything at all is in the way of that.
+
+        What the model itself raises it raises again.
+        """
+        try:
+            with self._replay.run() as call:
+                return evaluate(call)
+        except Exception as error:
+            self._unrecordable = str(error) or type(error).__name__
+        with self._replay.run() as call:
+            return evaluate(call)
+
     def _check_first_part(self, caller: str) -> None:
         """Evaluates one part, for its faults, and finds what the whole batch is divided by."""
-        with self._replay.run() as call:
-            first = part_of(self._inputs, 0, self._step or 0), part_of(self._targets, 0, self._step or 0)
-            outputs = call(lambda: self._model.outputs(first[0])).value
+        first = part_of(self._inputs, 0, self._step or 0), part_of(self._targets, 0, self._step or 0)
+        outputs = self._first(lambda call: self._jacobian(call, first[0])[0])
         known = self._known(outputs, first[1])
         if known is None:
             return
@@ -90,33 +109,24 @@ class ModelCurvature(CurvatureOperator):
         return examples / self._size
 
     @abstractmethod
-    def _values(self, outputs: Tensor, targets: Targets) -> Tensor:
-        """What J is the Jacobian of; called with the model's outputs, in their evaluation."""
-
-    @abstractmethod
-    def _middle(self, outputs: Tensor, values: Tensor, targets: Targets, share: float) -> LossHessian:
-        """The matrix between J' and J; tensors come without graph.
+    def _middle(self, call: Call, outputs: Tensor, targets: Targets, share: float) -> LossHessian:
+        """The matrix between J' and J, for outputs without graph; ``call`` evaluates the criterion.
 
         ``share`` is what a mean over this part of the batch counts in the mean over all of it.
         """
 
-    def _piece(
-        self,
-        call: Callable[[Callable[[], Any]], Evaluation],
-        inputs: Any,
-        targets: Targets,
-        examples: int | None,
-    ) -> Piece:
+    def _jacobian(self, call: Call, inputs: Any) -> tuple[Tensor, Jacobian]:
+        """The model's outputs, without graph, and their Jacobian."""
         caller = type(self).__name__
+        if self._unrecordable is None:
+            return recorded(caller, self._model, inputs, self._params, call)
+        evaluation = call(lambda: self._model.outputs(inputs))
+        outputs: Tensor = evaluation.value
+        return outputs.detach(), Linearization(caller, "model", outputs, self._params, evaluation)
 
-        def both() -> tuple[Tensor, Tensor]:
-            outputs = self._model.outputs(inputs)
-            return outputs, self._values(outputs, targets)
-
-        evaluation = call(both)
-        outputs, values = evaluation.value
-        middle = self._middle(outputs.detach(), values.detach(), targets, self._share(examples))
-        return Linearization(caller, "model", values, self._params, evaluation), middle
+    def _piece(self, call: Call, inputs: Any, targets: Targets, examples: int | None) -> Piece:
+        outputs, jacobian = self._jacobian(call, inputs)
+        return jacobian, self._middle(call, outputs, targets, self._share(examples))
 
     def _pieces(self) -> Generator[Piece, None, None]:
         """The parts of the batch, one alive at a time."""
@@ -131,14 +141,14 @@ class ModelCurvature(CurvatureOperator):
                 yield self._piece(call, *part, stop - start)
 
     def flat_product(self, v: TensorList) -> TensorList:
-        """J' H J v: two backward passes, one of them through the graph of another."""
+        """J' H J v."""
         return self._sum(lambda jacobian, middle: jacobian.backward(middle.product(jacobian.forward(v))))
 
     def flat_products(self, v: TensorList) -> TensorList:
         """The same for k lists at once."""
         return self._sum(lambda jacobian, middle: jacobian.backwards(middle.products(jacobian.forwards(v))))
 
-    def _sum(self, product: Callable[[Linearization, LossHessian], TensorList]) -> TensorList:
+    def _sum(self, product: Callable[[Jacobian, LossHessian], TensorList]) -> TensorList:
         if self._whole is not None:
             return product(*self._whole)
         total: TensorList | None = None
@@ -152,6 +162,15 @@ class ModelCurvature(CurvatureOperator):
                     torch._foreach_add_(total, [t.to(s.dtype) for s, t in zip(total, part, strict=True)])
         assert total is not None
         return [t.to(p.dtype) for t, p in zip(total, self._params, strict=True)]
+
+    def flat_loop(
+        self, v: TensorList, num_terms: int, alpha: Tensor, damping: float, diagonal: TensorList | None = None
+    ) -> tuple[TensorList, Tensor] | None:
+        """Term by term, in place; None in 16 bits, which sums are not kept in, and with ``microbatch``."""
+        plain = all(t.device == v[0].device and t.dtype in (torch.float32, torch.float64) for t in v)
+        if self._whole is None or not plain:
+            return None
+        return neumann_sum(*self._whole, v, num_terms, alpha, damping, diagonal)
 
     def flat_low_rank(self) -> LowRank | None:
         """The rows S J with H = S' diag(c) S, at most 4096 of them; None beyond."""

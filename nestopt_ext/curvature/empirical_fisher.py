@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._reference import opmath
 from ._criteria import Targets, reduction_of
 from ._evaluation import check_scalar
 from ._gradient import named_faults
 from ._model import Params, batch_size, part_of
-from ._model_curvature import ModelCurvature
-from .loss_hessian import DiagonalLossHessian, LossHessian
+from ._model_curvature import Call, ModelCurvature
+from .loss_hessian import LossHessian, OuterProducts
 
 
 class EmpiricalFisher(ModelCurvature):
@@ -61,10 +62,31 @@ class EmpiricalFisher(ModelCurvature):
     ) -> None:
         super().__init__(model, criterion, inputs, targets, params, microbatch)
 
-    def _values(self, outputs: Tensor, targets: Targets) -> Tensor:
+    def _middle(self, call: Call, outputs: Tensor, targets: Targets, share: float) -> LossHessian:
         known = self._known(outputs, targets)
-        if known is not None:
-            return known.terms(outputs, targets)
+        leaf = outputs.detach().requires_grad_()
+
+        def gradients() -> Tensor:
+            terms = self._terms(leaf, targets) if known is None else known.terms(leaf, targets)
+            with named_faults("EmpiricalFisher", "criterion"):
+                # Each output is in one term, so the gradient of the sum holds those of all terms side by side.
+                (found,) = torch.autograd.grad(terms.sum(), leaf, allow_unused=True)
+            return torch.zeros_like(leaf) if found is None else found.detach()
+
+        gradient: Tensor = call(gradients).value
+        if known is None:
+            mean = reduction_of(self._criterion) == "mean"
+            denominator: Tensor | float = len(gradient) / share if mean else 1.0
+        else:
+            denominator = known.denominator(outputs, targets) if self._total is None else self._total
+        weight = torch.ones((), dtype=opmath(gradient.dtype), device=gradient.device) / denominator
+        if isinstance(denominator, Tensor):  # 0 where all targets are ignored, and so are their gradients
+            weight = torch.where(denominator == 0, 0.0, weight)
+        dims = tuple(range(1, gradient.dim())) if known is None else known.term_dims(gradient)
+        return OuterProducts(outputs, gradient, dims, weight)
+
+    def _terms(self, outputs: Tensor, targets: Targets) -> Tensor:
+        """An unknown criterion of one example at a time."""
         caller = "EmpiricalFisher"
         count = batch_size(caller, "outputs and targets", (outputs, targets))
         terms = []
@@ -74,15 +96,3 @@ class EmpiricalFisher(ModelCurvature):
             check_scalar(caller, "criterion", term)
             terms.append(term.reshape(()))
         return torch.stack(terms)
-
-    def _middle(self, outputs: Tensor, values: Tensor, targets: Targets, share: float) -> LossHessian:
-        known = self._known(outputs, targets)
-        if known is None:
-            mean = reduction_of(self._criterion) == "mean"
-            denominator: Tensor | float = len(values) / share if mean else 1.0
-        else:
-            denominator = known.denominator(outputs, targets) if self._total is None else self._total
-        entries = torch.ones_like(values) / denominator
-        if isinstance(denominator, Tensor):  # 0 where all targets are ignored, and so are their gradients
-            entries = torch.where(denominator == 0, 0.0, entries)
-        return DiagonalLossHessian("empirical_fisher", values, entries)

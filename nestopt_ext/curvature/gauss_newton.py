@@ -15,7 +15,7 @@ from ._evaluation import check_scalar
 from ._gradient import check_params
 from ._linearization import Linearization
 from ._model import Params
-from ._model_curvature import ModelCurvature
+from ._model_curvature import Call, ModelCurvature
 from .loss_hessian import LossHessian, ScaledLossHessian, gradient_in_outputs, hessian_product, make_loss_hessian
 
 
@@ -77,10 +77,7 @@ class GaussNewton(ModelCurvature):
     ) -> None:
         super().__init__(model, criterion, inputs, targets, params, microbatch)
 
-    def _values(self, outputs: Tensor, targets: Targets) -> Tensor:
-        return outputs
-
-    def _middle(self, outputs: Tensor, values: Tensor, targets: Targets, share: float) -> LossHessian:
+    def _middle(self, call: Call, outputs: Tensor, targets: Targets, share: float) -> LossHessian:
         hessian = make_loss_hessian("GaussNewton", self._criterion, outputs, targets, self._total)
         known = hessian.name != "double_backward"  # and then divided by what the whole batch is divided by
         return hessian if known or share == 1.0 else ScaledLossHessian(hessian, share)

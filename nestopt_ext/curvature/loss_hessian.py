@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -57,6 +59,10 @@ class LossHessian(ABC):
     @abstractmethod
     def products(self, u: Tensor) -> Tensor:
         """H u for k tensors, [k, *shape of the outputs]; without graph."""
+
+    def scaled(self, scale: float | Tensor) -> LossHessian:
+        """The same times a number, 0-dim."""
+        return ScaledLossHessian(self, scale)
 
     @abstractmethod
     def factor(self) -> tuple[Tensor, Tensor] | None:
@@ -146,9 +152,26 @@ class _Softmax(LossHessian):
         self._dim = 0 if outputs.dim() == 1 else 1
         self._row_weight = known.row_weight(outputs, targets, denominator)
 
+    def product(self, u: Tensor) -> Tensor:
+        """By the op itself, in place on a copy of ``u``."""
+        with torch.no_grad():
+            if u.dim() == 2:
+                rows = u.clone(memory_format=torch.contiguous_format)
+                _functions.softmax_hessian_(rows, self.outputs, self._row_weight)
+                return rows
+            rows = u.movedim(self._dim, -1).clone(memory_format=torch.contiguous_format)
+            _functions.softmax_hessian_(rows, self._rows(self.outputs), self._row_weight)
+            return rows.movedim(-1, self._dim)
+
     def _product(self, u: Tensor) -> Tensor:
         rows = _functions.softmax_hessian(self._rows(self.outputs), u.movedim(self._dim, -1), self._row_weight)
         return rows.movedim(-1, self._dim)
+
+    def scaled(self, scale: float | Tensor) -> LossHessian:
+        """With scaled row weights."""
+        result = copy.copy(self)
+        result._row_weight = (self._row_weight * scale).to(self._row_weight.dtype)
+        return result
 
     def products(self, u: Tensor) -> Tensor:
         with torch.no_grad():
@@ -184,6 +207,10 @@ class DiagonalLossHessian(LossHessian):
     def _product(self, u: Tensor) -> Tensor:
         return self._entries * u
 
+    def scaled(self, scale: float | Tensor) -> LossHessian:
+        """With scaled entries."""
+        return DiagonalLossHessian(self.name, self.outputs, self._entries * scale)
+
     def products(self, u: Tensor) -> Tensor:
         """The entries times each of k tensors."""
         with torch.no_grad():
@@ -194,6 +221,44 @@ class DiagonalLossHessian(LossHessian):
         size = self.outputs.numel()
         units = torch.eye(size, dtype=self.outputs.dtype, device=self.outputs.device)
         return units.view(size, *self.outputs.shape), self._entries.detach().reshape(-1)
+
+
+class OuterProducts(LossHessian):
+    """The sum over terms of weight * s s', with s the gradient of a term in the outputs, no two of them overlapping.
+
+    ``gradient`` holds all s side by side, like the outputs; ``dims`` are the dimensions that one term reaches over, and
+    ``weight`` is a number, 0-dim.
+    """
+
+    def __init__(self, outputs: Tensor, gradient: Tensor, dims: tuple[int, ...], weight: Tensor) -> None:
+        super().__init__("empirical_fisher", outputs)
+        self._gradient = gradient
+        self._weighted = (weight * gradient.to(weight.dtype)).to(gradient.dtype)
+        self._weight = weight
+        self._dims = dims
+
+    def _product(self, u: Tensor) -> Tensor:
+        dots = self._gradient * u
+        if self._dims:
+            dots = dots.sum([d - self._gradient.dim() for d in self._dims], keepdim=True)
+        return self._weighted * dots
+
+    def scaled(self, scale: float | Tensor) -> LossHessian:
+        """With a scaled weight."""
+        return OuterProducts(self.outputs, self._gradient, self._dims, self._weight * scale)
+
+    def products(self, u: Tensor) -> Tensor:
+        """Each of k tensors times the same."""
+        return self.product(u)
+
+    def factor(self) -> tuple[Tensor, Tensor]:
+        """The gradients of the terms, one by one, and the weight."""
+        with torch.no_grad():
+            terms = [size for d, size in enumerate(self._gradient.shape) if d not in self._dims]
+            count = math.prod(terms)
+            units = torch.eye(count, dtype=self._gradient.dtype, device=self._gradient.device)
+            kept = [1 if d in self._dims else size for d, size in enumerate(self._gradient.shape)]
+            return units.view(count, *kept) * self._gradient, self._weight.expand(count)
 
 
 class _DoubleBackward(LossHessian):
@@ -232,17 +297,17 @@ class _DoubleBackward(LossHessian):
 class ScaledLossHessian(LossHessian):
     """The Hessian of a part of a loss, which counts ``scale`` times."""
 
-    def __init__(self, hessian: LossHessian, scale: float) -> None:
+    def __init__(self, hessian: LossHessian, scale: float | Tensor) -> None:
         super().__init__(hessian.name, hessian.outputs)
         self._hessian = hessian
         self._scale = scale
 
     def _product(self, u: Tensor) -> Tensor:
-        return self._scale * self._hessian._product(u)
+        return (self._scale * self._hessian._product(u)).to(u.dtype)
 
     def products(self, u: Tensor) -> Tensor:
         """The part's, scaled."""
-        return self._scale * self._hessian.products(u)
+        return (self._scale * self._hessian.products(u)).to(u.dtype)
 
     def factor(self) -> tuple[Tensor, Tensor] | None:
         """The part's, with scaled weights."""

@@ -1,0 +1,175 @@
+"""A model's Jacobian on one batch: from a recording of the model where that can be had, else by autograd."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .._types import TensorList
+from . import _rules  # noqa: F401  registers the rules
+from ._evaluation import Evaluation
+from ._gradient import named_faults
+from ._linearization import Linearization
+from ._model import Model
+from ._tape import Node, Recorder, Tape, Unrecordable, Var, tensors_in
+
+#: Vectors that are carried through a recording at once.
+_AT_ONCE = 64
+#: What a notice has been given of already.
+_noticed: set[str] = set()
+
+
+class Jacobian(Protocol):
+    """Products with the Jacobian J of a model's outputs on a batch, and with J'; all without graph."""
+
+    def forward(self, v: TensorList) -> Tensor:
+        """J v, like the outputs."""
+        ...
+
+    def forwards(self, v: TensorList) -> Tensor:
+        """J v for k lists, [k, *shape] for each param; [k, *shape of the outputs]."""
+        ...
+
+    def backward(self, u: Tensor) -> TensorList:
+        """J' u, a list like the params."""
+        ...
+
+    def backwards(self, u: Tensor) -> TensorList:
+        """J' u for k tensors, [k, *shape of the outputs]; [k, *shape] for each param."""
+        ...
+
+    def backward_into(self, u: Tensor, into: TensorList) -> None:
+        """Adds J' u to ``into``, in place."""
+        ...
+
+
+class Opaque(Node):
+    """A function without a rule, differentiated by autograd: J' by its graph, J by the graph of that."""
+
+    def __init__(self, caller: str, output: Tensor, leaves: TensorList, operands: list[Var]) -> None:
+        super().__init__(*operands)
+        self._jacobian = Linearization(caller, "model", output, leaves)
+        self._leaves = leaves
+
+    def jvp(self, tangents: Sequence[Tensor | None]) -> Tensor:
+        """By the graph of the gradient."""
+        return self._jacobian.forward(
+            [torch.zeros_like(x) if t is None else t for x, t in zip(self._leaves, tangents, strict=True)]
+        )
+
+    def vjps(self, cotangent: Tensor) -> list[Tensor]:
+        """By one backward pass for all operands."""
+        return self._jacobian.backward(cotangent)
+
+
+class Recording:
+    """The Jacobian by the rules of a tape."""
+
+    def __init__(
+        self,
+        caller: str,
+        tape: Tape,
+        params: TensorList,
+        data: Sequence[Tensor],
+        evaluation: Evaluation,
+    ) -> None:
+        self.tape = tape
+        self._caller = caller
+        self._params = params
+        self._evaluation = evaluation
+        self._versions = [(t, t._version) for t in (*params, *data) if not t.is_inference()]
+
+    def forward(self, v: TensorList) -> Tensor:
+        """J v."""
+        self._check_unchanged()
+        with self._evaluation.differentiating(), torch.no_grad():
+            return self.tape.jvp(v)
+
+    def forwards(self, v: TensorList) -> Tensor:
+        """J v for k lists at once."""
+        self._check_unchanged()
+        with self._evaluation.differentiating(), torch.no_grad():
+            return _at_once(lambda *v: [self.tape.jvp(v)], v, [self.tape.outputs])[0]
+
+    def backward(self, u: Tensor) -> TensorList:
+        """J' u."""
+        self._check_unchanged()
+        with self._evaluation.differentiating(), torch.no_grad():
+            return self._filled(self.tape.vjp(u))
+
+    def backwards(self, u: Tensor) -> TensorList:
+        """J' u for k tensors at once."""
+        self._check_unchanged()
+        with self._evaluation.differentiating(), torch.no_grad():
+            return _at_once(lambda u: self._filled(self.tape.vjp(u, in_place=False)), [u], self._params)
+
+    def backward_into(self, u: Tensor, into: TensorList) -> None:
+        """Adds J' u, each layer's part where it arises."""
+        self._check_unchanged()
+        with self._evaluation.differentiating(), torch.no_grad():
+            self.tape.vjp(u, into)
+
+    def _filled(self, found: Sequence[Tensor | None]) -> TensorList:
+        """Zeros for None."""
+        pairs = zip(found, self._params, strict=True)
+        return [torch.zeros_like(p, requires_grad=False) if t is None else t for t, p in pairs]
+
+    def _check_unchanged(self) -> None:
+        for t, version in self._versions:
+            if t._version != version:
+                with named_faults(self._caller, "model"):
+                    raise RuntimeError("a recorded tensor was modified by an inplace operation")
+
+
+def _at_once(function: Callable[..., list[Tensor]], arguments: Sequence[Tensor], like: TensorList) -> TensorList:
+    """The function of each row of the arguments, [k, *shape]: some rows at once, or one by one where that fails."""
+    count = len(arguments[0])
+    if count == 0:
+        return [t.new_zeros((0, *t.shape), requires_grad=False) for t in like]
+    try:
+        found: list[Tensor] = torch.func.vmap(function, chunk_size=min(count, _AT_ONCE))(*arguments)
+        return found
+    except (RuntimeError, NotImplementedError, ValueError):  # an operation without a batching rule
+        rows = [function(*row) for row in zip(*arguments, strict=True)]
+        return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+def recorded(
+    caller: str, model: Model, inputs: Any, params: TensorList, call: Callable[[Callable[[], Any]], Evaluation]
+) -> tuple[Tensor, Recording]:
+    """The model's outputs, without graph, and the recording of their evaluation; raises :class:`Unrecordable`."""
+    data = list(tensors_in((inputs,)))
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        raise Unrecordable("autocast is on")
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise Unrecordable("a transform of torch.func is running")
+
+    recorder = Recorder(params, data, lambda out, leaves, operands: Opaque(caller, out, leaves, operands))
+
+    def run() -> Tape | None:
+        with recorder:
+            outputs = model.outputs(inputs)
+        return recorder.tape(outputs)
+
+    evaluation = call(run)
+    tape: Tape | None = evaluation.value
+    if tape is None:
+        raise Unrecordable("its output does not depend on the params")
+    if tape.opaque:
+        notice(caller, tape.opaque)
+    return tape.outputs, Recording(caller, tape, params, data, evaluation)
+
+
+def notice(caller: str, functions: Sequence[str]) -> None:
+    """Says once of each function that it has no rule."""
+    new = [name for name in functions if name not in _noticed]
+    _noticed.update(new)
+    if new:
+        warnings.warn(
+            f"{caller}: no rule for {', '.join(new)}: autograd takes that part, at about three times the cost.",
+            stacklevel=2,
+        )

@@ -1,0 +1,162 @@
+"""Functions of one number, applied to each element: their derivative is a factor that is kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._tape import OUT_OF_PLACE, Node, Operand, rule, value_of
+
+
+class Factor(Node):
+    """A product with a fixed factor for each element, of the operand's shape."""
+
+    def __init__(self, x: Operand, factor: Tensor) -> None:
+        super().__init__(x)
+        self.factor = factor
+
+    def jvp(self, tangents: Sequence[Tensor | None]) -> Tensor:
+        assert tangents[0] is not None
+        return tangents[0] * self.factor
+
+    def vjp(self, i: int, cotangent: Tensor, into: Tensor | None) -> Tensor:
+        return cotangent * self.factor if into is None else into.addcmul_(cotangent, self.factor)
+
+    def batch_dim(self, dims: Sequence[int | None], batch: int) -> int | None:
+        """As it was."""
+        return dims[0]
+
+
+def _with_inplace(record: Callable[..., Any], position: int) -> Callable[..., Any]:
+    """Says where the argument is that asks for the result in the memory of the first one."""
+    record.inplace_position = position  # type: ignore[attr-defined]
+    return record
+
+
+@rule(F.relu, torch.relu, Tensor.relu)
+def relu(input: Operand, inplace: bool = False) -> Any:
+    value = torch.relu(value_of(input))
+    return Factor(input, (value > 0).to(value.dtype)), value
+
+
+_with_inplace(relu, 1)
+
+
+@rule(F.leaky_relu)
+def leaky_relu(input: Operand, negative_slope: float = 0.01, inplace: bool = False) -> Any:
+    x = value_of(input)
+    factor = torch.where(x > 0, x.new_ones(()), x.new_full((), negative_slope))
+    return Factor(input, factor), F.leaky_relu(x, negative_slope)
+
+
+_with_inplace(leaky_relu, 2)
+
+
+@rule(F.gelu)
+def gelu(input: Operand, approximate: str = "none") -> Any:
+    x = value_of(input)
+    return Factor(input, torch.ops.aten.gelu_backward(torch.ones_like(x), x, approximate=approximate)), F.gelu(
+        x, approximate=approximate
+    )
+
+
+@rule(F.silu)
+def silu(input: Operand, inplace: bool = False) -> Any:
+    x = value_of(input)
+    return Factor(input, torch.ops.aten.silu_backward(torch.ones_like(x), x)), F.silu(x)
+
+
+_with_inplace(silu, 1)
+
+
+@rule(F.softplus)
+def softplus(input: Operand, beta: float = 1.0, threshold: float = 20.0) -> Any:
+    x = value_of(input)
+    factor = torch.where(x * beta > threshold, 1.0, torch.sigmoid(x * beta)).to(x.dtype)
+    return Factor(input, factor), F.softplus(x, beta, threshold)
+
+
+@rule(torch.tanh, Tensor.tanh, F.tanh)
+def tanh(input: Operand) -> Any:
+    value = value_of(input).tanh()
+    return Factor(input, 1 - value * value), value
+
+
+@rule(torch.sigmoid, Tensor.sigmoid, F.sigmoid)
+def sigmoid(input: Operand) -> Any:
+    value = value_of(input).sigmoid()
+    return Factor(input, value * (1 - value)), value
+
+
+@rule(torch.exp, Tensor.exp)
+def exp(input: Operand) -> Any:
+    value = value_of(input).exp()
+    return Factor(input, value), value
+
+
+@rule(torch.log, Tensor.log)
+def log(input: Operand) -> Any:
+    x = value_of(input)
+    return Factor(input, 1 / x), x.log()
+
+
+@rule(torch.sqrt, Tensor.sqrt)
+def sqrt(input: Operand) -> Any:
+    value = value_of(input).sqrt()
+    return Factor(input, 0.5 / value), value
+
+
+@rule(torch.rsqrt, Tensor.rsqrt)
+def rsqrt(input: Operand) -> Any:
+    value = value_of(input).rsqrt()
+    return Factor(input, -0.5 * value * value * value), value
+
+
+@rule(torch.square, Tensor.square)
+def square(input: Operand) -> Any:
+    x = value_of(input)
+    return Factor(input, 2 * x), x.square()
+
+
+@rule(torch.sin, Tensor.sin)
+def sin(input: Operand) -> Any:
+    x = value_of(input)
+    return Factor(input, x.cos()), x.sin()
+
+
+@rule(torch.cos, Tensor.cos)
+def cos(input: Operand) -> Any:
+    x = value_of(input)
+    return Factor(input, -x.sin()), x.cos()
+
+
+@rule(torch.abs, Tensor.abs, Tensor.__abs__)
+def absolute(input: Operand) -> Any:
+    x = value_of(input)
+    return Factor(input, x.sign()), x.abs()
+
+
+@rule(torch.erf, Tensor.erf)
+def erf(input: Operand) -> Any:
+    x = value_of(input)
+    return Factor(input, 2 / math.sqrt(math.pi) * torch.exp(-x * x)), x.erf()
+
+
+OUT_OF_PLACE.update(
+    {
+        torch.relu_: torch.relu,
+        Tensor.relu_: torch.relu,
+        Tensor.tanh_: torch.tanh,
+        torch.tanh_: torch.tanh,
+        Tensor.sigmoid_: torch.sigmoid,
+        torch.sigmoid_: torch.sigmoid,
+        Tensor.exp_: torch.exp,
+        Tensor.sqrt_: torch.sqrt,
+        Tensor.square_: torch.square,
+    }
+)

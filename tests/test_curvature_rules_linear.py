@@ -1,0 +1,106 @@
+"""Rules of a recording: fully connected layers and activations."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rules import Wrapped, check_example_gradients, check_rule
+from torch import nn
+
+F64 = torch.float64
+
+
+def seeded(make):
+    torch.manual_seed(0)
+    return make()
+
+
+def normal(*shape):
+    return torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(3))
+
+
+def mlp(activation):
+    return nn.Sequential(nn.Linear(4, 6), activation, nn.Linear(6, 3)).double()
+
+
+ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "relu in place": lambda: nn.ReLU(inplace=True),
+    "leaky relu": lambda: nn.LeakyReLU(0.1),
+    "leaky relu in place": lambda: nn.LeakyReLU(0.1, inplace=True),
+    "gelu": nn.GELU,
+    "gelu by tanh": lambda: nn.GELU("tanh"),
+    "silu": nn.SiLU,
+    "silu in place": lambda: nn.SiLU(inplace=True),
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "softplus": nn.Softplus,
+    "softplus, beta and threshold": lambda: nn.Softplus(2.0, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name):
+    model = seeded(lambda: mlp(ACTIVATIONS[name]()))
+    check_rule(model, normal(5, 4))
+    check_example_gradients(model, normal(5, 4))
+
+
+FUNCTIONS = {
+    "exp": torch.exp,
+    "log": lambda h: torch.log(torch.exp(h)),
+    "sqrt": lambda h: torch.exp(h).sqrt(),
+    "rsqrt": lambda h: torch.exp(h).rsqrt(),
+    "square": torch.square,
+    "sin": torch.sin,
+    "cos": torch.cos,
+    "abs": torch.abs,
+    "erf": torch.erf,
+    "tanh in place": lambda h: h.tanh_(),
+    "sigmoid in place": lambda h: torch.sigmoid_(h),
+    "relu of a relu in place": lambda h: F.relu(torch.relu_(h) * 1.0 if False else h.relu_()),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions(name):
+    model = Wrapped(lambda x, w: FUNCTIONS[name](F.linear(x, w)), normal(3, 4))
+    check_rule(model, normal(5, 4))
+    check_example_gradients(model, normal(5, 4))
+
+
+@pytest.mark.parametrize("shape", [(4,), (5, 4), (5, 2, 4), (5, 2, 3, 4), (0, 4)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_on_any_number_of_dimensions(shape, bias):
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 6, bias=bias), nn.Tanh(), nn.Linear(6, 3, bias=bias)).double())
+    if 0 in shape:
+        from nestopt_ext.curvature import linearize
+
+        jacobian = linearize(model, normal(*shape))
+        assert jacobian.reason is None
+        zeros = jacobian.vjp(normal(0, 3))
+        assert all(not t.any() for t in zeros.values())
+        return
+    check_rule(model, normal(*shape))
+    if len(shape) > 1:
+        check_example_gradients(model, normal(*shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lower_precision(dtype):
+    model = seeded(lambda: mlp(nn.Tanh()).to(dtype))
+    check_rule(model, normal(5, 4).to(dtype), rtol=64 * torch.finfo(dtype).eps)
+
+
+def test_a_weight_used_twice_and_a_frozen_one():
+    model = Wrapped(lambda x, w, b: F.linear(torch.tanh(F.linear(x, w, b)), w, b), normal(4, 4), normal(4))
+    check_rule(model, normal(5, 4))
+    check_example_gradients(model, normal(5, 4))
+    frozen = seeded(lambda: mlp(nn.Tanh()))
+    frozen[0].requires_grad_(False)
+    from nestopt_ext.curvature import linearize
+
+    jacobian = linearize(frozen, normal(5, 4))
+    assert jacobian.reason is None and not jacobian.opaque
+    v = {"2.weight": torch.ones(3, 6, dtype=F64), "2.bias": torch.zeros(3, dtype=F64)}
+    hidden = torch.tanh(frozen[0](normal(5, 4)))
+    torch.testing.assert_close(jacobian.jvp(v), hidden.detach() @ v["2.weight"].T)
