@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestopt_ext.curvature import EmpiricalFisher, GaussNewton
+from nestopt_ext.curvature import EmpiricalFisher, GaussNewton, linearize
 from nestopt_ext.solvers import neumann_ihvp
 
 from ._problems import Params, Problem
@@ -90,6 +90,22 @@ def ours(kind: str, route: str | None = None) -> Way:
 
     name = OURS[kind].__name__ + ("" if route is None else f", {route}")
     return Way(name, lambda problem: operator(kind, problem, route), solve, unfit=unfit)
+
+
+def linearized(kind: str) -> Way:
+    """Our Jacobian, with what lies between J' and J by calls of torch."""
+
+    def make(problem: Problem) -> Product:
+        jacobian = linearize(problem.model, problem.inner_x, problem.params)
+        middle = loss_matrix(kind, jacobian.outputs, problem.inner_y)
+
+        def product(v: Params) -> Sequence[Tensor]:
+            found: Any = jacobian.vjp(middle(jacobian.jvp(list(v))))
+            return list(found)
+
+        return product
+
+    return Way("linearize", make)
 
 
 # ---- by hand --------------------------------------------------------------------------------------------------------

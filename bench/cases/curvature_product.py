@@ -31,7 +31,7 @@ def _build(kind: str, name: str, setting: Setting) -> Field:
         contestants.append(compared(way.name, role, lambda: product(v), functools.partial(exact, way.matrix or kind)))
 
     enter(_curvatures.ours(kind), OURS)
-    for way in [*_curvatures.rivals(kind), _curvatures.DOUBLE_BACKWARD]:
+    for way in [_curvatures.linearized(kind), *_curvatures.rivals(kind), _curvatures.DOUBLE_BACKWARD]:
         enter(way, BASELINE)
     contestants.append(problem.training_pass())
     return Field(contestants, len(v), sum(t.numel() for t in v), _inputs.num_bytes(v), left_out)

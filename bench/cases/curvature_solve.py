@@ -21,6 +21,9 @@ PROBLEMS = {
     "resnet18": NUM_TERMS[:-1],
     "transformer": NUM_TERMS[:-1],
 }
+LOOP_TERMS = 100
+#: What a term of the loop may cost in training passes.
+LOOP_GOALS = {"large-mlp": 1.1, "mlp": 0.4}
 LINEAR = ("logistic",)  # in the params, so that the Hessian is the Gauss-Newton matrix
 STEP = 0.5  # alpha in units of 1 / lambda_max
 
@@ -77,6 +80,27 @@ def _build(kind: str, name: str, num_terms: int, setting: Setting) -> Field:
     return Field(contestants, len(v), sum(t.numel() for t in v), _inputs.num_bytes(v), left_out)
 
 
+def _build_loop(kind: str, name: str, setting: Setting) -> Field:
+    """K terms beside K training passes, so that their ratio is what a term costs with its share of all else."""
+    problem = Problem(name, setting)
+    sums = _Sums(kind, problem, 4 if setting.quick else LOOP_TERMS)
+    route = "loop" if _curvatures.takes_route(kind) else None
+    one_pass = problem.training_pass()
+
+    def passes() -> None:
+        for _ in range(sums.num_terms):
+            one_pass.step()
+
+    contestants = [
+        sums.contestant(_curvatures.ours(kind, route), OURS),
+        sums.contestant(_curvatures.kept_graph(kind), BASELINE),
+        Contestant(f"{LOOP_TERMS} x {TRAINING_PASS}", YARDSTICK, passes, 0),
+        one_pass,
+    ]
+    v = sums.v
+    return Field(contestants, len(v), sum(t.numel() for t in v), _inputs.num_bytes(v), {})
+
+
 def _fewer(num_terms: int) -> int | None:
     """With how many terms ours runs once more, to see what more of them cost."""
     return num_terms // 5 if num_terms >= 20 else None
@@ -98,6 +122,8 @@ def _goals(kind: str, name: str, num_terms: int) -> list[Goal]:
     return goals
 
 
+_QUICK = ("logistic", "large-mlp", "cnn", "transformer")  # of the empirical Fisher matrix
+
 for _kind in (GAUSS_NEWTON, EMPIRICAL_FISHER):
     for _name, _all_terms in PROBLEMS.items():
         for _num_terms in _all_terms:
@@ -108,6 +134,16 @@ for _kind in (GAUSS_NEWTON, EMPIRICAL_FISHER):
                     f"{KINDS[_name].summary}",
                     functools.partial(_build, _kind, _name, _num_terms),
                     tuple(_goals(_kind, _name, _num_terms)),
-                    quick=_num_terms == 20 or _name == "mlp",
+                    quick=(_num_terms == 20 or _name == "mlp") and (_kind == GAUSS_NEWTON or _name in _QUICK),
                 )
             )
+
+for _name, _at_most in LOOP_GOALS.items():
+    registry.add(
+        Case(
+            f"loop/{GAUSS_NEWTON}/{_name}-K{LOOP_TERMS}",
+            f"a Neumann sum with GaussNewton by {LOOP_TERMS} products one by one, {KINDS[_name].summary}",
+            functools.partial(_build_loop, GAUSS_NEWTON, _name),
+            (Goal(f"{LOOP_TERMS} x {TRAINING_PASS}", _at_most, f"{_at_most} forward + backward a term"),),
+        )
+    )
