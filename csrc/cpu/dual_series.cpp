@@ -1,6 +1,8 @@
 #include "cpu/dual_series.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
 
 #include "cpu/simd.h"
@@ -11,41 +13,52 @@ namespace {
 // Of every sum over rows or columns. Vectors are filled up with zeros to a multiple of it.
 constexpr int64_t kLanes = 8;
 
+constexpr size_t kCacheLine = 64;
+
 // Rows that share what is loaded of e; as many sums as hide the latency of an addition.
 constexpr int kRowsAtOnce = 4;
 
 enum { kWeights, kE, kF, kD, kC, kTotal, kVectors };
 
-// Reductions are written with the compiler's vectors: it finds those of loops only if it may reorder sums.
-template <class T>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(kLanes * sizeof(T))));
-};
-template <class T>
-using Vector = typename VectorOf<T>::type;
+// Reductions are written with the compiler's vectors: it finds those of loops only if it may reorder sums. Not wider
+// than this: GCC keeps the sums in memory where a vector is wider than a register, and wider ones would gain little,
+// since gram comes from the second-level cache.
+constexpr int64_t kVector = 4;
+typedef double Vector __attribute__((vector_size(kVector * sizeof(double))));
 
-NESTOPT_HD double sum_of(const double (&lanes)[kLanes]) {
-  double sum = 0;
-  for (double lane : lanes) sum += lane;
-  return sum;
+// Element by element: of __builtin_convertvector GCC 12 makes twice the instructions.
+template <class G>
+NESTOPT_HD void widen(const G* x, Vector& y) {
+  y = Vector{x[0], x[1], x[2], x[3]};
+}
+
+// By halves, which takes three additions one after another, not seven.
+NESTOPT_HD double sum_of(double (&lanes)[kLanes]) {
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  return lanes[0];
 }
 
 // f[r] = row r . e for kRows neighbouring rows. A row's sum is the same in whatever company it is taken.
 template <int kRows, class G>
 NESTOPT_HD void multiply_rows(int64_t columns, const G* gram, int64_t stride, const double* e, double* f) {
-  Vector<double> sums[kRows] = {}, e_part;
-  Vector<G> part;
+  constexpr int64_t kParts = kLanes / kVector;
+  Vector sums[kRows][kParts] = {};
   const int64_t whole = columns - columns % kLanes;
   for (int64_t at = 0; at < whole; at += kLanes) {
-    memcpy(&e_part, e + at, sizeof e_part);
+    Vector e_parts[kParts], x;
+    for (int64_t part = 0; part < kParts; ++part) widen(e + at + part * kVector, e_parts[part]);
     for (int r = 0; r < kRows; ++r) {
-      memcpy(&part, gram + r * stride + at, sizeof part);
-      sums[r] += __builtin_convertvector(part, Vector<double>) * e_part;
+      for (int64_t part = 0; part < kParts; ++part) {
+        widen(gram + r * stride + at + part * kVector, x);
+        sums[r][part] += x * e_parts[part];
+      }
     }
   }
   for (int r = 0; r < kRows; ++r) {
     double lanes[kLanes];
-    memcpy(lanes, &sums[r], sizeof lanes);
+    memcpy(lanes, sums[r], sizeof lanes);
     for (int64_t at = whole; at < columns; ++at) lanes[at - whole] += double{gram[r * stride + at]} * e[at];
     f[r] = sum_of(lanes);
   }
@@ -95,7 +108,8 @@ DualSeriesTerms<G, V>::DualSeriesTerms(const DualSeries& series, const DualSerie
       scalars_(scalars),
       blocks_((series.rows + kRowBlock - 1) / kRowBlock),
       padded_((series.rows + kLanes - 1) / kLanes * kLanes),
-      memory_(new double[kVectors * padded_ + blocks_]()),
+      memory_(new double[kCacheLine / sizeof(double) + kVectors * padded_ + blocks_]()),
+      vectors_(memory_.get() + (0 - reinterpret_cast<uintptr_t>(memory_.get())) % kCacheLine / sizeof(double)),
       sq_norm_(series.sq_norm<V>(0)) {
   for (int64_t i = 0; i < series.rows; ++i) {
     vector(kWeights)[i] = series.weight<V>(i);

@@ -23,13 +23,14 @@ class DualSeriesTerms {
   void finish() const;
 
  private:
-  double* vector(int which) const { return memory_.get() + which * padded_; }
+  double* vector(int which) const { return vectors_ + which * padded_; }
 
   DualSeries series_;
   DualSeriesScalars scalars_;
   int64_t blocks_;
   int64_t padded_;  // length of a vector, filled up with rows of zeros
   std::unique_ptr<double[]> memory_;
+  double* vectors_;  // in it, from the next cache line on
   double de_;
   double sq_norm_;
   int64_t term_ = 0;
