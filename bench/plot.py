@@ -29,27 +29,18 @@ def main(source: str, target: str, family: str = "hypergradient") -> None:
     if not panels:
         raise SystemExit(f"bench.plot: {source} must hold figures of {family}/*; got none.")
     ours = {row["name"] for result in results for row in result["rows"] if row["role"] == OURS}
-    columns = min(_COLUMNS, len(panels))
+    columns = 2 if len(panels) == 4 else min(_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(3.4 * columns, 3.0 * rows + 0.8), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    looks = _looks(names, ours)
     handles: dict[str, Any] = {}
-    names = dict.fromkeys(name for lines in panels.values() for name in lines)
-    colours = {name: f"C{i}" for i, name in enumerate(names)}
     for axis, (problem, lines) in zip(axes.flat, panels.items(), strict=False):
         for name, points in lines.items():
             terms, low, middle, high = zip(*sorted(points), strict=True)
-            first = name in ours
-            (handles[name],) = axis.plot(
-                terms,
-                middle,
-                color=colours[name],
-                marker="o",
-                markersize=5 if first else 3,
-                lw=2.5 if first else 1,
-                zorder=3 if first else 2,
-            )
-            axis.fill_between(terms, low, high, color=colours[name], alpha=0.2, lw=0)
+            (handles[name],) = axis.plot(terms, middle, **looks[name])
+            axis.fill_between(terms, low, high, color=looks[name]["color"], alpha=0.15, lw=0)
         axis.set(title=problem, xscale="log", yscale="log", xlabel="products K")
         ticks = sorted({point[0] for points in lines.values() for point in points})
         axis.set_xticks(ticks, [str(t) for t in ticks])
@@ -59,9 +50,25 @@ def main(source: str, target: str, family: str = "hypergradient") -> None:
         axis.set_axis_off()
     for axis in axes[:, 0]:
         axis.set_ylabel(_unit(results, family))
-    ordered = [name for name in names if name in handles]
-    figure.legend([handles[name] for name in ordered], ordered, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(target, dpi=150)
+
+
+def _looks(names: list[str], ours: set[str]) -> dict[str, dict[str, Any]]:
+    """Ours thick and in one colour, with a line of its own for each of its routes; everyone else thin."""
+    others = iter(range(1, len(names) + 1))
+    dashes = {name: iter(["--", ":", "-."]) for name in ours}
+    looks: dict[str, dict[str, Any]] = {}
+    for name in names:
+        whose = name.partition(",")[0]
+        if name in ours:
+            looks[name] = {"color": "C0", "lw": 2.5, "markersize": 5, "zorder": 4}
+        elif whose in ours:
+            looks[name] = {"color": "C0", "lw": 1.5, "ls": next(dashes[whose], "-"), "markersize": 3, "zorder": 3}
+        else:
+            looks[name] = {"color": f"C{next(others)}", "lw": 1, "markersize": 3, "zorder": 2}
+        looks[name]["marker"] = "o"
+    return looks
 
 
 def _unit(results: list[dict[str, Any]], family: str) -> str:

@@ -48,7 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda must find a CUDA device; torch sees none. Use --device cpu.")
     device = torch.device("cuda", torch.cuda.current_device()) if options.device == "cuda" else torch.device("cpu")
-    torch.backends.cudnn.allow_tf32 = False  # convolutions in float32 are compared with float64
     setting = Setting(device, options.quick)
     threads = options.threads or _default_threads(options.device)
 
@@ -60,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     print(report.header(document["machine"], document["settings"]))
     red = False
-    before = torch.get_num_threads()
+    before = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False  # convolutions in float32 are compared with float64
     try:
         for case, num_threads in _progress([(case, n) for case in chosen for n in threads]):
             torch.set_num_threads(num_threads)
@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 options.json.parent.mkdir(parents=True, exist_ok=True)
                 options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
     print(f"\n{report.legend()}")
     return 1 if red else 0
 

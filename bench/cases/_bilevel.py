@@ -85,7 +85,7 @@ def _conjugate_gradients(product: Product, v: Params, num_steps: int = 200) -> l
     direction = list(residual)
     start = size = _dot(residual, residual)
     for _ in range(num_steps):
-        if size <= 1e-28 * start:
+        if size <= 1e-24 * start:
             break
         image = product(direction)
         length = size / _dot(direction, image)
