@@ -151,6 +151,10 @@ c10::ArrayRef<at::ScalarType> product_dtypes(at::ScalarType leading) {
   return leading == at::kFloat ? c10::ArrayRef<at::ScalarType>(kBesideFloat) : same_dtype(leading);
 }
 
+c10::ArrayRef<at::ScalarType> factor_dtypes(at::ScalarType leading) {
+  return leading == at::kDouble ? c10::ArrayRef<at::ScalarType>(kFloating) : product_dtypes(leading);
+}
+
 double cpu_value(const at::Tensor& t) {
   return t.scalar_type() == at::kDouble ? *t.const_data_ptr<double>() : *t.const_data_ptr<float>();
 }
@@ -205,12 +209,20 @@ void ListCheck::may_write(const Argument& argument, int64_t i) const {
                     " must not be an inference tensor outside inference mode; got one. Pass a clone.");
 }
 
-void ListCheck::lead(const Argument& argument) {
+void ListCheck::leading(const char* name, const TensorRefs& tensors) {
+  lead({name, &tensors, nullptr, true}, kFloating);
+}
+
+void ListCheck::leading(const char* name, const at::Tensor& t) { lead({name, nullptr, &t, true}, kFloating); }
+
+void ListCheck::leading_real(const char* name, const at::Tensor& t) { lead({name, nullptr, &t, true}, kReal); }
+
+void ListCheck::lead(const Argument& argument, c10::ArrayRef<at::ScalarType> dtypes) {
   leader_ = argument;
   for (int64_t i = 0; i < leader_.size(); ++i) {
     const at::Tensor& t = leader_[i];
     strided(leader_, i);
-    TORCH_CHECK_TYPE(contains(kFloating, t.scalar_type()), op_, ": ", leader_.label(i), " must be ", either(kFloating),
+    TORCH_CHECK_TYPE(contains(dtypes, t.scalar_type()), op_, ": ", leader_.label(i), " must be ", either(dtypes),
                      "; got ", name_of(t.scalar_type()), ".");
     TORCH_CHECK_VALUE(t.device() == leader_[0].device(), op_, ": ", leader_.label(i), " must be on ",
                       leader_[0].device(), ", the device of ", leader_.label(0), "; got ", t.device(),
@@ -245,6 +257,22 @@ void ListCheck::follow(const Argument& argument, DtypeRule rule) {
 void ListCheck::rank(const char* name, const at::Tensor& t, int64_t dims, const char* meaning) const {
   TORCH_CHECK_VALUE(t.dim() == dims, op_, ": ", name, " must have ", dims, " dimensions, ", meaning, "; got shape ",
                     tuple_of(t.sizes()), ".");
+}
+
+void ListCheck::refuse_shape(const char* name, const at::Tensor& t, const std::string& rule) const {
+  TORCH_CHECK_VALUE(false, op_, ": ", name, " must ", rule, "; got shape ", tuple_of(t.sizes()), ".");
+}
+
+void ListCheck::operand(const char* name, const at::Tensor& t, const char* other, const at::Tensor& lead,
+                        DtypeRule rule) {
+  const Argument argument{name, nullptr, &t, false};
+  strided(argument, 0);
+  TORCH_CHECK_VALUE(t.device() == lead.device(), op_, ": ", name, " must be on ", lead.device(), ", the device of ",
+                    other, "; got ", t.device(), ".");
+  const c10::ArrayRef<at::ScalarType> allowed = rule(lead.scalar_type());
+  TORCH_CHECK_TYPE(contains(allowed, t.scalar_type()), op_, ": ", name, " must be ", either(allowed), " beside ", other,
+                   " of ", name_of(lead.scalar_type()), "; got ", name_of(t.scalar_type()), ".");
+  arguments_.push_back(argument);
 }
 
 void ListCheck::row_numbers(const char* name, const at::Tensor& t) {

@@ -5,6 +5,7 @@
 #include "ops/boxed.h"
 
 #include <c10/util/ArrayRef.h>
+#include <c10/util/StringUtil.h>
 
 #include <string>
 #include <vector>
@@ -16,6 +17,7 @@ using DtypeRule = c10::ArrayRef<at::ScalarType> (*)(at::ScalarType leading);
 c10::ArrayRef<at::ScalarType> same_dtype(at::ScalarType leading);
 c10::ArrayRef<at::ScalarType> opmath_dtype(at::ScalarType leading);    // float32 beside 16-bit types
 c10::ArrayRef<at::ScalarType> product_dtypes(at::ScalarType leading);  // the same, or 16 bits beside float32
+c10::ArrayRef<at::ScalarType> factor_dtypes(at::ScalarType leading);   // those, or any beside float64
 
 // Checks one call of one op: lists of tensors, or single ones, against a leading one, then memory across all of them.
 // Each member throws on the first fault; nothing is modified before the last one has returned. Names, lists and tensors
@@ -28,8 +30,10 @@ class ListCheck {
   void require(const char* name, double value, bool holds, const char* rule, const char* remedy = "") const;
 
   // The list, or the one tensor, that fixes count, shapes and device; it is written to.
-  void leading(const char* name, const TensorRefs& tensors) { lead({name, &tensors, nullptr, true}); }
-  void leading(const char* name, const at::Tensor& t) { lead({name, nullptr, &t, true}); }
+  void leading(const char* name, const TensorRefs& tensors);
+  void leading(const char* name, const at::Tensor& t);
+
+  void leading_real(const char* name, const at::Tensor& t);  // float32 or float64
 
   // What follows the leading list or tensor.
   void following(const char* name, const TensorRefs& tensors, DtypeRule rule, bool written) {
@@ -41,6 +45,15 @@ class ListCheck {
 
   // A tensor has this number of dimensions, which mean something.
   void rank(const char* name, const at::Tensor& t, int64_t dims, const char* meaning) const;
+
+  // The shape of a tensor obeys a rule of the op's own, whose parts make up the text.
+  template <class... Rule>
+  void shape(const char* name, const at::Tensor& t, bool holds, const Rule&... rule) const {
+    if (!holds) refuse_shape(name, t, c10::str(rule...));
+  }
+
+  // A tensor of a shape of its own beside another one, whose dtype tells those allowed here; only read.
+  void operand(const char* name, const at::Tensor& t, const char* other, const at::Tensor& lead, DtypeRule rule);
 
   // A number, float32 or float64, for each row of the leading tensor; only read.
   void row_numbers(const char* name, const at::Tensor& t);
@@ -76,7 +89,8 @@ class ListCheck {
   };
   struct Span;  // the memory of one tensor
 
-  void lead(const Argument& argument);
+  [[noreturn]] void refuse_shape(const char* name, const at::Tensor& t, const std::string& rule) const;
+  void lead(const Argument& argument, c10::ArrayRef<at::ScalarType> dtypes);
   void follow(const Argument& argument, DtypeRule rule);
   void count(const Argument& argument) const;
   void strided(const Argument& argument, int64_t i) const;
