@@ -1,49 +1,119 @@
 #include "cpu/hadamard_gram.h"
 
 #include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "cpu/simd.h"
 
 namespace nestopt::cpu {
 namespace {
 
-constexpr int kBlock = 16;           // rows and columns that are transposed at once
+constexpr int kSide = 8;             // rows and columns that are transposed at once
 constexpr int64_t kColumns = 1024;   // of a panel, whose sums stay in the first-level cache
 
-// A block of at most kBlock rows and kFixed columns; of `columns` if that is 0.
-template <class D, class G, int kFixed>
-NESTOPT_HD void add_block(const HadamardGramTile& tile, int64_t row, int rows, int64_t column, int num_columns,
-                          const D* const* y_rows) {
-  const int columns = kFixed > 0 ? kFixed : num_columns;
-  G products[kBlock][kBlock];
-  for (int i = 0; i < rows; ++i) {
-    const D* const x = tile.x_row<D>(row + i) + column;
-    const D* const y = y_rows[i] + column;
-    G* const gram = tile.entry<G>(row + i, column);
-    for (int j = 0; j < columns; ++j) products[i][j] = G{x[j]} * G{y[j]};
-    for (int j = 0; j < columns; ++j) gram[j] += products[i][j];
+template <class T>
+struct SideOf {
+  typedef T type __attribute__((vector_size(kSide * sizeof(T))));
+};
+template <class T>
+using Side = typename SideOf<T>::type;
+
+template <class T>
+NESTOPT_HD void load_side(Side<T>& side, const T* from) {
+  memcpy(&side, from, sizeof side);
+}
+
+template <class T>
+NESTOPT_HD void add_side(T* to, const Side<T>& side) {
+  Side<T> sum;
+  load_side(sum, to);
+  sum += side;
+  memcpy(to, &sum, sizeof sum);
+}
+
+// In three rounds, each of which interleaves the first half of the rows with the second.
+template <class T>
+NESTOPT_HD void transpose(Side<T> (&rows)[kSide]) {
+  using Index = Side<std::conditional_t<sizeof(T) == 8, int64_t, int32_t>>;
+  constexpr Index kLow = {0, 8, 1, 9, 2, 10, 3, 11}, kHigh = {4, 12, 5, 13, 6, 14, 7, 15};
+  for (int round = 0; round < 3; ++round) {
+    Side<T> next[kSide];
+    for (int i = 0; i < kSide / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kSide / 2], kLow);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kSide / 2], kHigh);
+    }
+    for (int i = 0; i < kSide; ++i) rows[i] = next[i];
   }
-  const int first = static_cast<int>(std::clamp<int64_t>(tile.mirrored_from - row, 0, rows));
-  if (first == rows) return;
-  for (int j = 0; j < columns; ++j) {
-    G* const gram = tile.mirror_entry<G>(row, column + j);
-    for (int i = first; i < rows; ++i) gram[i] += products[i][j];
+}
+
+// kSide rows and columns, at these addresses.
+template <class D, class G>
+NESTOPT_HD void add_square(const D* x, int64_t x_stride, const D* y, int64_t y_stride, G* gram, G* mirror,
+                           int64_t gram_stride) {
+  Side<G> products[kSide];
+  for (int i = 0; i < kSide; ++i) {
+    Side<D> x_side, y_side;
+    load_side(x_side, x + i * x_stride);
+    load_side(y_side, y + i * y_stride);
+    products[i] = __builtin_convertvector(x_side, Side<G>) * __builtin_convertvector(y_side, Side<G>);
+    add_side(gram + i * gram_stride, products[i]);
   }
+  if (mirror == nullptr) return;
+  transpose<G>(products);
+  for (int j = 0; j < kSide; ++j) add_side(mirror + j * gram_stride, products[j]);
+}
+
+template <class D, class G>
+NESTOPT_HD void add_rest(const HadamardGramTile& tile, int64_t row, int rows, int64_t column) {
+  for (int64_t r = row; r < row + rows; ++r) {
+    for (int64_t c = column; c < tile.columns; ++c) {
+      const G product = G{tile.x_row<D>(r)[c]} * G{tile.y_row<D>(r)[c]};
+      *tile.entry<G>(r, c) += product;
+      if (r >= tile.mirrored_from) *tile.mirror_entry<G>(r, c) += product;
+    }
+  }
+}
+
+// Asks for what a square further down will write to: lines of memory so far apart that nothing else foresees them.
+template <class G>
+NESTOPT_HD void prefetch_square(const HadamardGramTile& tile, int64_t row, int64_t column) {
+  constexpr int kLine = 64 / static_cast<int>(sizeof(G));
+  const int64_t next = row + kSide, next_line = row + 2 * kLine;
+  if (next + kSide <= tile.rows) {
+    for (int i = 0; i < kSide; ++i) __builtin_prefetch(tile.entry<G>(next + i, column), 1);
+  }
+  if (row % kLine == 0 && next_line < tile.rows) {
+    for (int j = 0; j < kSide; ++j) __builtin_prefetch(tile.mirror_entry<G>(next_line, column + j), 1);
+  }
+}
+
+// All columns of at most kSide rows, of which y has the examples one after another.
+template <class D, class G>
+NESTOPT_HD void add_rows(const HadamardGramTile& tile, int64_t row, int rows) {
+  const bool direct = row + rows <= tile.mirrored_from;
+  const bool mirrored = row >= tile.mirrored_from;
+  int64_t column = 0;
+  if (rows == kSide && (direct || mirrored)) {
+    const D* const x = tile.x_row<D>(row);
+    const D* const y = tile.y_row<D>(row);
+    G* const gram = tile.entry<G>(row, 0);
+    for (; column + kSide <= tile.columns; column += kSide) {
+      prefetch_square<G>(tile, row, column);
+      add_square<D, G>(x + column, tile.x_stride, y + column, tile.y_stride, gram + column,
+                       mirrored ? tile.mirror_entry<G>(row, column) : nullptr, tile.gram_stride);
+    }
+  }
+  add_rest<D, G>(tile, row, rows, column);
 }
 
 template <class D, class G>
 NESTOPT_SIMD void add_products(const HadamardGramTile& tile) {
-  for (int64_t row = 0; row < tile.rows; row += kBlock) {
-    const int rows = static_cast<int>(std::min<int64_t>(tile.rows - row, kBlock));
-    const D* y_rows[kBlock];
-    for (int i = 0; i < rows; ++i) y_rows[i] = tile.y_row<D>(row + i);
-    int64_t column = 0;
-    for (; column + kBlock <= tile.columns; column += kBlock) {
-      add_block<D, G, kBlock>(tile, row, rows, column, kBlock, y_rows);
-    }
-    if (column < tile.columns) {
-      add_block<D, G, 0>(tile, row, rows, column, static_cast<int>(tile.columns - column), y_rows);
-    }
+  for (int64_t row = 0, rows = 0; row < tile.rows; row += rows) {
+    const int64_t until_y_comes_again = tile.y_period - (tile.y_first + row) % tile.y_period;
+    rows = std::min({tile.rows - row, until_y_comes_again, int64_t{kSide}});
+    add_rows<D, G>(tile, row, static_cast<int>(rows));
   }
 }
 

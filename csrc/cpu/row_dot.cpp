@@ -32,11 +32,11 @@ NESTOPT_HD const T* as_array(int n, const X* x, T* buffer) {
 }
 
 template <class T>
-NESTOPT_HD Vector<T, kLanes> product_at(const T* x, const T* y) {
+NESTOPT_HD void add_products(Vector<T, kLanes>& sum, const T* x, const T* y) {
   Vector<T, kLanes> a, b;
   memcpy(&a, x, sizeof a);
   memcpy(&b, y, sizeof b);
-  return a * b;
+  sum += a * b;
 }
 
 template <class T>
@@ -44,9 +44,9 @@ NESTOPT_HD double strip_dot(int n, const T* x, const T* y) {
   Vector<T, kLanes> sums[kSums] = {};
   int i = 0;
   for (; i + kSums * kLanes <= n; i += kSums * kLanes) {
-    for (int k = 0; k < kSums; ++k) sums[k] += product_at(x + i + k * kLanes, y + i + k * kLanes);
+    for (int k = 0; k < kSums; ++k) add_products<T>(sums[k], x + i + k * kLanes, y + i + k * kLanes);
   }
-  for (; i + kLanes <= n; i += kLanes) sums[0] += product_at(x + i, y + i);
+  for (; i + kLanes <= n; i += kLanes) add_products<T>(sums[0], x + i, y + i);
   double dot = 0;
   for (; i < n; ++i) dot += x[i] * y[i];
   T lanes[kLanes];

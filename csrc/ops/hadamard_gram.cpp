@@ -23,6 +23,9 @@
 #error "compile with -fopenmp: without it at::parallel_for runs on one thread and says nothing"
 #endif
 
+// Of MKL, where torch is built with it.
+extern "C" __attribute__((weak)) int MKL_Set_Num_Threads_Local(int threads);
+
 namespace nestopt::ops {
 namespace {
 
@@ -237,7 +240,7 @@ class HadamardGram {
         device_.add(tile, x.scalar_type() == at::kDouble, gram_.scalar_type() == at::kDouble);
       }
     };
-    if (rows.count == examples_ && rows.positions == positions_) {  // then those of the next copies come right after
+    if (columns.count == examples_ && rows.positions == positions_) {  // the next copies come right after
       add_rows(here.first, gram_.size(0), strip.first);
       return;
     }
@@ -260,6 +263,22 @@ class HadamardGram {
   }
 };
 
+// While it is there, matrix products that this thread asks for run on this thread alone. Other libraries than MKL see to
+// that in a parallel region. MKL, which torch keeps from adapting to its threads, would still cut long sums into as many
+// parts as there are threads elsewhere, and results would depend on their number.
+class ProductsOnThisThread {
+ public:
+  ProductsOnThisThread() : before_(MKL_Set_Num_Threads_Local != nullptr ? MKL_Set_Num_Threads_Local(1) : 0) {}
+  ~ProductsOnThisThread() {
+    if (MKL_Set_Num_Threads_Local != nullptr) MKL_Set_Num_Threads_Local(before_);
+  }
+  ProductsOnThisThread(const ProductsOnThisThread&) = delete;
+  ProductsOnThisThread& operator=(const ProductsOnThisThread&) = delete;
+
+ private:
+  int before_;
+};
+
 class Cpu {
  public:
   explicit Cpu(const at::Tensor&) {}
@@ -274,13 +293,18 @@ class Cpu {
     return (rows + kUnit - 1) / kUnit * kUnit;
   }
 
-  // A range of at least two makes a parallel region, in which a product of torch runs on one thread, and its sums do not
-  // depend on how many there are.
+  // A range of at least two makes a parallel region of it, even for one job.
   template <class Body>
   void for_each_job(int64_t count, Body body) const {
+    if (at::get_num_threads() == 1 || at::in_parallel_region()) {
+      const ProductsOnThisThread alone;
+      body(0, count);
+      return;
+    }
     const at::ThreadLocalState state;
     at::parallel_for(0, std::max<int64_t>(count, 2), 1, [&](int64_t first, int64_t last) {
       const at::ThreadLocalStateGuard as_the_caller(state);
+      const ProductsOnThisThread alone;
       if (first < std::min(last, count)) body(first, std::min(last, count));
     });
   }
