@@ -73,6 +73,21 @@ def takes_route(kind: str) -> bool:
     return "route" in inspect.signature(OURS[kind]).parameters
 
 
+def refused(kind: str, problem: Problem, route: str | None) -> str | None:
+    """Why our operator cannot be told to take a route; a choice of its own is never refused."""
+    if route is None:
+        return None
+    if not takes_route(kind):
+        return f"{OURS[kind].__name__} takes no route in this version"
+    try:
+        operator(kind, problem, route)
+    except ValueError as refusal:
+        if "route" in str(refusal):
+            return str(refusal)
+        raise
+    return None
+
+
 def operator(kind: str, problem: Problem, route: str | None = None, params: Params | None = None) -> Any:
     """Our operator on the inner batch; ``route`` None leaves the choice to it."""
     chosen: dict[str, Any] = {} if route is None else {"route": route}
@@ -84,11 +99,11 @@ def ours(kind: str, route: str | None = None) -> Way:
     def solve(problem: Problem, v: Params, num_terms: int, alpha: float) -> Sequence[Tensor]:
         return neumann_ihvp(operator(kind, problem, route), list(v), num_terms=num_terms, alpha=alpha)
 
-    def unfit(problem: Problem, num_products: int) -> str | None:
-        missing = route is not None and not takes_route(kind)
-        return f"{OURS[kind].__name__} takes no route in this version" if missing else None
-
     name = OURS[kind].__name__ + ("" if route is None else f", {route}")
+
+    def unfit(problem: Problem, num_products: int) -> str | None:
+        return refused(kind, problem, route)
+
     return Way(name, lambda problem: operator(kind, problem, route), solve, unfit=unfit)
 
 

@@ -57,10 +57,11 @@ def _build(name: str, shared: bool, setting: Setting) -> Field:
             contestants.append(bilevel.contestant(word, BASELINE, _ours(kind), kind))
         for route in ROUTES if shared else ():
             label = f"{word}, {route}"
-            if _curvatures.takes_route(kind):
+            reason = _curvatures.refused(kind, problem, route)
+            if reason is None:
                 contestants.append(bilevel.contestant(label, BASELINE, _ours(kind, route), kind))
             else:
-                left_out[label] = f"{word} takes no route in this version"
+                left_out[label] = reason
         label = f"{word}, Woodbury"
         rows = len(problem.inner_y) * (CLASSES if kind == GAUSS_NEWTON else 1)
         formed = 0 if _curvatures.takes_route(kind) else rows * _inputs.num_bytes(problem.params)
