@@ -31,7 +31,10 @@ LAYERS = {
     "2d, groups": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1), (4, 4)),
     "2d, depthwise": (lambda: nn.Conv2d(4, 8, 3, groups=4, padding=1, bias=False), (4, 4)),
     "2d, same": (lambda: nn.Conv2d(4, 6, (2, 3), padding="same"), (4, 5)),
-    "2d, same, dilation and groups": (lambda: nn.Conv2d(4, 6, (4, 2), padding="same", dilation=(1, 3), groups=2), (5, 5)),
+    "2d, same, dilation and groups": (
+        lambda: nn.Conv2d(4, 6, (4, 2), padding="same", dilation=(1, 3), groups=2),
+        (5, 5),
+    ),
     "2d, valid": (lambda: nn.Conv2d(4, 6, 3, padding="valid"), (5, 5)),
     "3d": (lambda: nn.Conv3d(4, 6, (1, 2, 3), stride=(1, 2, 1), padding=(0, 1, 1), groups=2), (2, 4, 3)),
     "3d, same": (lambda: nn.Conv3d(4, 2, (1, 2, 3), padding="same", dilation=(1, 1, 2)), (2, 3, 4)),

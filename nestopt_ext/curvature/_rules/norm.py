@@ -69,7 +69,7 @@ def _sum_but(terms: Tensor, *kept: int) -> Tensor:
 
 
 class BatchNorm(Normalization):
-    """Normalization of each channel, dimension 1 of x, by ``mean`` and ``rstd`` [C].
+    """Normalization of each channel, dimension 1 of x, by ``mean`` and ``var`` [C].
 
     They are those of the batch where ``differentiated`` says so, and constants otherwise.
     """
@@ -82,12 +82,15 @@ class BatchNorm(Normalization):
         weight: Operand | None,
         bias: Operand | None,
         mean: Tensor,
-        rstd: Tensor,
+        var: Tensor,
+        eps: float,
         *,
         differentiated: bool,
     ) -> None:
         super().__init__(x, weight, bias)
         t, w = value_of(x), value_of(weight)
+        dtype = opmath(self.dtype)
+        rstd = (var.to(dtype) + eps).rsqrt()
         self.differentiated = differentiated
         self.channels = [-1] + [1] * (t.dim() - 2)
         self.weight_dtype = self.dtype if w is None else w.dtype
@@ -96,7 +99,7 @@ class BatchNorm(Normalization):
         self.zeros, self.ones = torch.zeros_like(rstd), torch.ones_like(rstd)
         self.xhat: Tensor | None = None
         if differentiated or 1 in self.wanted:
-            centred = t - mean.view(self.channels)
+            centred = t - mean.to(dtype).view(self.channels)
             self.xhat = centred.mul_(rstd.view(self.channels)).to(self.dtype)
 
     def jvp(self, tangents: Sequence[Tensor | None]) -> Tensor:
@@ -189,26 +192,15 @@ def batch_norm(
         return NotImplemented
     x = value_of(input)
     # The real function writes the running statistics.
-    result = F.batch_norm(
-        x, running_mean, running_var, value_of(weight), value_of(bias), training, momentum, eps
-    )
-    if training:
-        mean, rstd = batch_statistics(x, eps)
-    else:
-        assert running_mean is not None and running_var is not None
-        mean, rstd = _constants(x, running_mean, running_var, eps)
-    return BatchNorm(input, weight, bias, mean, rstd, differentiated=training), result
+    result = F.batch_norm(x, running_mean, running_var, value_of(weight), value_of(bias), training, momentum, eps)
+    mean, var = _moments(x) if training else (running_mean, running_var)
+    return BatchNorm(input, weight, bias, mean, var, eps, differentiated=training), result
 
 
-def batch_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The mean of each channel and its inverse standard deviation, [C], in float32 at least."""
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean and variance of each channel, [C], in float32 at least."""
     var, mean = torch.var_mean(x.to(opmath(x.dtype)), [d for d in range(x.dim()) if d != 1], correction=0)
-    return mean, (var + eps).rsqrt()
-
-
-def _constants(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    dtype = opmath(x.dtype)
-    return mean.to(dtype), (var.to(dtype) + eps).rsqrt()
+    return mean, var
 
 
 class LayerNorm(Normalization):
@@ -445,9 +437,7 @@ def group_norm(
     if n * c // num_groups * positions == 1:  # refused by the function itself
         return NotImplemented
     x = x.contiguous(memory_format=_group_format(x))
-    result, mean, rstd = torch.native_group_norm(
-        x, value_of(weight), value_of(bias), n, c, positions, num_groups, eps
-    )
+    result, mean, rstd = torch.native_group_norm(x, value_of(weight), value_of(bias), n, c, positions, num_groups, eps)
     return GroupNorm(input, weight, bias, num_groups, eps, mean, rstd), result
 
 
@@ -471,8 +461,7 @@ def instance_norm(
     )
     if not use_input_stats:
         assert running_mean is not None and running_var is not None
-        mean, rstd = _constants(x, running_mean, running_var, eps)
-        return BatchNorm(input, weight, bias, mean, rstd, differentiated=False), result
+        return BatchNorm(input, weight, bias, running_mean, running_var, eps, differentiated=False), result
     n, c, positions = _sizes(x.shape)
     x = x.contiguous(memory_format=_group_format(x))
     _, mean, rstd = torch.native_group_norm(x, None, None, n, c, positions, c, eps)
@@ -505,6 +494,7 @@ def _frozen(
         return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     with torch.no_grad():
         F.batch_norm(input, running_mean, running_var, None, None, True, momentum, eps)
-        x = input.detach().to(opmath(input.dtype))
-        var, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
+        mean, var = _moments(input.detach())
+    if weight is not None:  # the function takes all of one dtype
+        mean, var = mean.to(weight.dtype), var.to(weight.dtype)
     return F.batch_norm(input, mean, var, weight, bias, False, momentum, eps)
