@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
-from rules import Wrapped, check_example_gradients, check_rule
+from rules import check_example_gradients, check_rule
 from torch import nn
 
 F64 = torch.float64

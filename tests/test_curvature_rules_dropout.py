@@ -3,8 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from rules import Wrapped, check_example_gradients, check_rule
-from torch import nn
+from rules import Wrapped, check_rule
 
 F64 = torch.float64
 

@@ -13,8 +13,8 @@ from .._types import TensorList, Tensors
 from ._evaluation import Replay
 from ._linearization import Linearization
 from ._model import Model, Params
-from ._rules.norm import FrozenBatchStatistics
 from ._recording import Jacobian, Recording, recorded
+from ._rules.batch_norm import FrozenBatchStatistics
 
 
 class Linearized:

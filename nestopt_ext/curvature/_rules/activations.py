@@ -32,7 +32,7 @@ class Factor(Node):
         return dims[0]
 
 
-def with_inplace(record: Callable[..., Any], position: int) -> Callable[..., Any]:
+def _with_inplace(record: Callable[..., Any], position: int) -> Callable[..., Any]:
     """Says where the argument is that asks for the result in the memory of the first one."""
     record.inplace_position = position  # type: ignore[attr-defined]
     return record
@@ -44,7 +44,7 @@ def relu(input: Operand, inplace: bool = False) -> Any:
     return Factor(input, (value > 0).to(value.dtype)), value
 
 
-with_inplace(relu, 1)
+_with_inplace(relu, 1)
 
 
 @rule(F.leaky_relu)
@@ -54,7 +54,7 @@ def leaky_relu(input: Operand, negative_slope: float = 0.01, inplace: bool = Fal
     return Factor(input, factor), F.leaky_relu(x, negative_slope)
 
 
-with_inplace(leaky_relu, 2)
+_with_inplace(leaky_relu, 2)
 
 
 @rule(F.gelu)
@@ -71,7 +71,7 @@ def silu(input: Operand, inplace: bool = False) -> Any:
     return Factor(input, torch.ops.aten.silu_backward(torch.ones_like(x), x)), F.silu(x)
 
 
-with_inplace(silu, 1)
+_with_inplace(silu, 1)
 
 
 @rule(F.softplus)

@@ -149,7 +149,7 @@ class Convolution(Node):
         return images.reshape(batch, -1, self.groups, images.shape[2] // self.groups)
 
     def _patches(self, images: Tensor, size: Sequence[int], batch: int) -> Tensor:
-        """What the kernel covers at each of ``size`` positions: [B, positions, groups, channels of a group * kernel]."""
+        """What the kernel covers at each of ``size`` positions: [B, positions, groups, channels * kernel]."""
         n = len(self.stride)
         around = [p for p in reversed(self.padding) for _ in range(2)]
         images = F.pad(images, around) if any(around) else images

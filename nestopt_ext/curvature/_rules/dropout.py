@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .._tape import Operand, rule, value_of
-from .activations import Factor, with_inplace
+from .activations import Factor, _with_inplace
 
 
 @rule(F.dropout)
@@ -21,7 +21,7 @@ def dropout(input: Operand, p: float = 0.5, training: bool = True, inplace: bool
     return Factor(input, factor), x * factor
 
 
-with_inplace(dropout, 3)
+_with_inplace(dropout, 3)
 
 
 def _of_channels(function: Any, batched_dims: int | None) -> None:
@@ -37,7 +37,7 @@ def _of_channels(function: Any, batched_dims: int | None) -> None:
         factor = function(ones, p, True, inplace)
         return Factor(input, factor), x * factor
 
-    with_inplace(dropout_of_channels, 3)
+    _with_inplace(dropout_of_channels, 3)
 
 
 _of_channels(F.dropout1d, 3)
