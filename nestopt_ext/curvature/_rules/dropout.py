@@ -13,9 +13,10 @@ from .activations import Factor, _with_inplace
 
 @rule(F.dropout)
 def dropout(input: Operand, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-    if not training or p == 0:
-        return input
     x = value_of(input)
+    if not training or p == 0:
+        F.dropout(x, p, training)  # for its errors
+        return input
     # Ones that are dropped are the factors, and draw the random numbers that x would.
     factor = F.dropout(torch.ones_like(x), p, True, inplace)
     return Factor(input, factor), x * factor
@@ -29,9 +30,10 @@ def _of_channels(function: Any, batched_dims: int | None) -> None:
 
     @rule(function)
     def dropout_of_channels(input: Operand, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-        if not training or p == 0:
-            return input
         x = value_of(input)
+        if not training or p == 0:
+            function(x, p, training)
+            return input
         kept = 2 if batched_dims is None or x.dim() == batched_dims else 1
         ones = x.new_ones([*x.shape[:kept], *[1] * (x.dim() - kept)])
         factor = function(ones, p, True, inplace)
