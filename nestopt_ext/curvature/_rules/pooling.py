@@ -177,7 +177,16 @@ def _register_average_pool(n: int, pool: Any, adaptive: Any) -> None:
         inner, outer = x.shape[-n:], list(result.shape[-n:])
         tiled = _is_tiled(inner, outer)
         share = math.prod(i // o for i, o in zip(inner, outer, strict=True)) if tiled else None
-        return AveragePool(input, n, result, lambda t: adaptive(t, outer), backward(adaptive_back), share), result
+
+        def forward(t: Tensor) -> Tensor:
+            found: Tensor = adaptive(t, outer)
+            return found
+
+        def mean(t: Tensor) -> Tensor:
+            return t.mean(list(range(-n, 0)), keepdim=True)
+
+        whole = all(o == 1 for o in outer)
+        return AveragePool(input, n, result, mean if whole else forward, backward(adaptive_back), share), result
 
 
 _register_average_pool(1, F.avg_pool1d, F.adaptive_avg_pool1d)
