@@ -101,7 +101,7 @@ def check_example_gradients(model, x, *, rtol=1e-12):
     for var in tape.data:
         dims[var.slot] = 0
     for node in tape.all_nodes:
-        dims[node.output] = node.batch_dim([None if s < 0 else dims[s] for s in node.slots])
+        dims[node.output] = node.batch_dim([None if s < 0 else dims[s] for s in node.slots], batch)
     assert dims[tape.output_slot] == 0
     found = {}
     cotangents = {tape.output_slot: u}

@@ -73,12 +73,12 @@ class Node:
         """What goes back to operand ``i``; added to ``into`` in place and returned where that is given."""
         raise NotImplementedError
 
-    def vjps(self, cotangent: Tensor, into: Sequence[Tensor | None]) -> list[Tensor]:
-        """The same for all wanted operands, in their order."""
-        return [self.vjp(i, cotangent, t) for i, t in zip(self.wanted, into, strict=True)]
+    def vjps(self, cotangent: Tensor) -> list[Tensor]:
+        """New tensors for all wanted operands, in their order; for a node that has them from one call."""
+        return [self.vjp(i, cotangent, None) for i in self.wanted]
 
-    def batch_dim(self, dims: Sequence[int | None]) -> int | None:
-        """Which dimension of the result runs over examples, from those of the operands; None for none.
+    def batch_dim(self, dims: Sequence[int | None], batch: int) -> int | None:
+        """Which dimension of the result runs over the ``batch`` examples, from those of the operands; None for none.
 
         That dimension may be a multiple of the number of examples, with what belongs to one next to each other. Raises
         :class:`MixesExamples` where a result would depend on several examples.
@@ -170,9 +170,15 @@ class Tape:
         self._output = output.slot
         self._num_slots = num_slots
         last = {slot: k for k, node in enumerate(self.nodes) for slot in node.slots if slot >= num_params}
-        self._dead: list[list[int]] = [[] for _ in self.nodes]
+        dead: list[list[int]] = [[] for _ in self.nodes]
         for slot, k in last.items():
-            self._dead[k].append(slot)
+            dead[k].append(slot)
+        # What each pass needs of a node, looked up once: small models spend their time on such things.
+        self._forward = [(node.jvp, node.output, node.slots, ends) for node, ends in zip(self.nodes, dead, strict=True)]
+        self._backward = [
+            (node, node.output, [(i, node.slots[i]) for i in node.wanted], type(node).vjps is not Node.vjps)
+            for node in reversed(self.nodes)
+        ]
 
     @property
     def output_slot(self) -> int:
@@ -182,8 +188,9 @@ class Tape:
         """J v, in memory of its own."""
         found: list[Tensor | None] = [None] * self._num_slots
         found[: self.num_params] = v
-        for node, dead in zip(self.nodes, self._dead, strict=True):
-            found[node.output] = node.jvp([None if s < 0 else found[s] for s in node.slots])
+        found.append(None)  # what slot -1, of a constant, stands for
+        for jvp, output, slots, dead in self._forward:
+            found[output] = jvp([found[s] for s in slots])
             for slot in dead:
                 found[slot] = None
         result = found[self._output]
@@ -205,25 +212,21 @@ class Tape:
             found[self._output] = u.clone() if present is None else present.add_(u)
             return found[: self.num_params]
         found[self._output] = u
-        for node in reversed(self.nodes):
-            cotangent = found[node.output]
+        for node, output, sinks, jointly in self._backward:
+            cotangent = found[output]
             if cotangent is None:
                 continue
-            found[node.output] = None
-            slots = [node.slots[i] for i in node.wanted]
-            given = [found[s] if own[s] and in_place else None for s in slots]
-            if len(set(slots)) < len(slots):  # x * x: the second must see what the first has added
-                given = [None] * len(slots)
-            for slot, before, result in zip(slots, given, node.vjps(cotangent, given), strict=True):
+            found[output] = None
+            results = node.vjps(cotangent) if jointly else None
+            for k, (i, slot) in enumerate(sinks):
                 present = found[slot]
-                if before is not None or present is None:
-                    if before is None:
-                        own[slot] = not node.shares_memory
-                    found[slot] = result
-                elif own[slot] and in_place:
-                    found[slot] = present.add_(result)
-                else:
-                    found[slot], own[slot] = present + result, True
+                reused = present if own[slot] and in_place else None
+                result = node.vjp(i, cotangent, reused) if results is None else accumulated(results[k], reused)
+                if present is None:
+                    own[slot] = not node.shares_memory
+                elif reused is None:
+                    result, own[slot] = present + result, True
+                found[slot] = result
         for slot in range(self.num_params):
             tensor = found[slot]
             if tensor is not None and not own[slot]:
@@ -261,10 +264,10 @@ class Recorder(TorchFunctionMode):
         #: Constants that rules were given, and what version they had.
         self._versions: Any = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
         for p in params:
-            self._bind(p, self._new(p.detach(), active=True))
+            self._bind(p, self._new(p.data, active=True))
         for t in data:
             if id(t) not in self._vars:
-                self._bind(t, self._new(t.detach(), active=False))
+                self._bind(t, self._new(t.data, active=False))
                 self.data.append(self._vars[id(t)][1])
 
     def tape(self, output: Tensor) -> Tape | None:
@@ -378,7 +381,7 @@ class Recorder(TorchFunctionMode):
                 result = func(*args, **kwargs)
             for t in tensors_in((result,)):
                 if id(t) not in self._vars:
-                    self._bind(t, self._var(Foreign(), t))
+                    self._bind(t, self._var(Foreign(t.shape), t))
             return result
         variables: dict[int, Var] = {}
         for t in tensors_in((args, tuple(kwargs.values()))):
@@ -423,20 +426,20 @@ class Recorder(TorchFunctionMode):
 
     def _var(self, node: Node, value: Tensor) -> Var:
         """A new variable that ``node`` computes."""
-        var = self._new(value.detach(), bool(node.wanted))
+        var = self._new(value, bool(node.wanted))
         node.output = var.slot
         self.nodes.append(node)
         return var
 
     def _operands(self, values: Any) -> list[Any]:
         def operand(t: Tensor) -> Operand:
-            return self._find(t) or t.detach()
+            return self._find(t) or t.data
 
         return list(mapped(tuple(values), operand))
 
     def _hand_out(self, node: Node, value: Tensor) -> Tensor:
         """A tensor for the code that is recorded."""
-        tensor = value.detach()
+        tensor = value.data
         if node.wanted:
             tensor.requires_grad_()
         self._bind(tensor, self._var(node, value))
@@ -456,7 +459,7 @@ class Recorder(TorchFunctionMode):
             if other is not None and other is not target and other.untyped_storage().data_ptr() == storage:
                 raise Unrecordable(f"{name} writes in place to memory that another tensor shares")
         # Other memory under the same tensor: what rules have kept of the old value stays.
-        target.data = value.detach()
+        target.data = value.data
         self._bind(target, self._var(node, value))
         rebound: Tensor = target
         return rebound
@@ -467,7 +470,18 @@ OpaqueMaker = Callable[[Tensor, TensorList, list[Var]], Node]
 
 
 class Foreign(Node):
-    """Something computed from data in a way that is not known: it is no product, and its batch is nowhere."""
+    """Something computed from data in a way that is not known.
+
+    It does not depend on params, so only its place counts: whatever uses it keeps to entry n for example n, or refuses.
+    """
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self._shape = shape
+
+    def batch_dim(self, dims: Sequence[int | None], batch: int) -> int | None:
+        """The first, if it has a place for each example."""
+        return 0 if self._shape and batch and self._shape[0] and self._shape[0] % batch == 0 else None
 
 
 _ASKS = {

@@ -27,7 +27,7 @@ class Factor(Node):
     def vjp(self, i: int, cotangent: Tensor, into: Tensor | None) -> Tensor:
         return cotangent * self.factor if into is None else into.addcmul_(cotangent, self.factor)
 
-    def batch_dim(self, dims: Sequence[int | None]) -> int | None:
+    def batch_dim(self, dims: Sequence[int | None], batch: int) -> int | None:
         """As it was."""
         return dims[0]
 
