@@ -142,7 +142,7 @@ def assert_mixes(model, x, reason="has examples in its weight, or sums over them
     dims = {var.slot: 0 for var in tape.data}
     with pytest.raises(MixesExamples, match=reason):
         for node in tape.all_nodes:
-            dims[node.output] = node.batch_dim([None if s < 0 else dims.get(s) for s in node.slots])
+            dims[node.output] = node.batch_dim([None if s < 0 else dims.get(s) for s in node.slots], len(x))
 
 
 def test_an_image_without_batch_dimension_has_no_examples():

@@ -93,7 +93,7 @@ def test_examples_stay_apart():
     tape = recording.tape
     dims = {var.slot: 0 for var in tape.data}
     for node in tape.all_nodes:
-        dims[node.output] = node.batch_dim([None if s < 0 else dims.get(s) for s in node.slots])
+        dims[node.output] = node.batch_dim([None if s < 0 else dims.get(s) for s in node.slots], len(x))
     assert dims[tape.output_slot] == 0
     assert len(tape.nodes) == 4  # none for what drops nothing
 

@@ -81,7 +81,7 @@ def batch_dims(model, x):
     tape = recording.tape
     dims = {var.slot: 0 for var in tape.data}
     for node in tape.all_nodes:
-        dims[node.output] = node.batch_dim([None if s < 0 else dims.get(s) for s in node.slots])
+        dims[node.output] = node.batch_dim([None if s < 0 else dims.get(s) for s in node.slots], len(x))
     return dims[tape.output_slot]
 
 
@@ -348,7 +348,7 @@ def test_frozen_batch_statistics_keep_examples_apart():
     tape = jacobian._jacobian.tape
     dims = {var.slot: 0 for var in tape.data}
     for node in tape.all_nodes:
-        dims[node.output] = node.batch_dim([None if s < 0 else dims.get(s) for s in node.slots])
+        dims[node.output] = node.batch_dim([None if s < 0 else dims.get(s) for s in node.slots], len(x))
     assert dims[tape.output_slot] == 0
 
 

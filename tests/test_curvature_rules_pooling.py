@@ -148,9 +148,9 @@ def test_windows_and_padding_over_examples_mix_them(name):
     node = linearize(Wrapped(lambda x, w: function(F.linear(x, w)), normal(3, 4)), normal(4, 4))._jacobian.tape.nodes[1]
     over, apart = (0, 1) if name == "pad" else (1, 0)
     with pytest.raises(MixesExamples, match=reason):
-        node.batch_dim([over])
-    assert node.batch_dim([apart]) == apart
-    assert node.batch_dim([None]) is None
+        node.batch_dim([over], 4)
+    assert node.batch_dim([apart], 4) == apart
+    assert node.batch_dim([None], 4) is None
 
 
 def test_errors_of_the_functions_are_theirs():

@@ -79,16 +79,6 @@ class BatchNorm(Normalization):
         terms = cotangent if i == 2 else cotangent * self._normalized()
         return sum_but(terms, 1).to(self.weight_dtype)
 
-    def vjp(self, i: int, cotangent: Tensor, into: Tensor | None) -> Tensor:
-        if i == 0 and into is not None and not self.differentiated:
-            return into.addcmul_(cotangent, self.factor)
-        return super().vjp(i, cotangent, into)
-
-    def vjps(self, cotangent: Tensor, into: Sequence[Tensor | None]) -> list[Tensor]:
-        if len(self.wanted) == 1:
-            return [self.vjp(self.wanted[0], cotangent, into[0])]
-        return super().vjps(cotangent, into)
-
     def _kernel(self, u: Tensor, wanted: Sequence[int]) -> list[Tensor]:
         """What x^ makes of u: it has mean 0 and variance 1 already, so that r is part of the weight."""
         found = torch.ops.aten.native_batch_norm_backward(
@@ -105,7 +95,7 @@ class BatchNorm(Normalization):
         )
         return [found[i] if i == 0 else found[i].to(self.weight_dtype) for i in wanted]
 
-    def batch_dim(self, dims: Sequence[int | None]) -> int | None:
+    def batch_dim(self, dims: Sequence[int | None], batch: int) -> int | None:
         """That of x, unless its channels are the examples."""
         self.check_affine(dims)
         if dims[0] is not None and self.differentiated:

@@ -94,10 +94,9 @@ class Convolution(Node):
     def vjp(self, i: int, cotangent: Tensor, into: Tensor | None) -> Tensor:
         return accumulated(self._gradients(cotangent, [i])[0], into)
 
-    def vjps(self, cotangent: Tensor, into: Sequence[Tensor | None]) -> list[Tensor]:
+    def vjps(self, cotangent: Tensor) -> list[Tensor]:
         """All from one call."""
-        found = self._gradients(cotangent, self.wanted)
-        return [accumulated(t, s) for t, s in zip(found, into, strict=True)]
+        return self._gradients(cotangent, self.wanted)
 
     def _gradients(self, cotangent: Tensor, wanted: Sequence[int]) -> list[Tensor]:
         u = cotangent if self.batched else cotangent.unsqueeze(0)
@@ -121,7 +120,7 @@ class Convolution(Node):
             gradient = F.pad(gradient, [-p for p in self.uneven])
         return gradient if self.batched else gradient.squeeze(0)
 
-    def batch_dim(self, dims: Sequence[int | None]) -> int | None:
+    def batch_dim(self, dims: Sequence[int | None], batch: int) -> int | None:
         """The first, if that is where the examples are."""
         of_x, of_weight, of_bias = dims
         if of_weight is not None or of_bias is not None or (of_x is not None and (of_x != 0 or not self.batched)):

@@ -67,7 +67,7 @@ class LayerNorm(Normalization):
         )
         return [found[i] for i in wanted]
 
-    def batch_dim(self, dims: Sequence[int | None]) -> int | None:
+    def batch_dim(self, dims: Sequence[int | None], batch: int) -> int | None:
         """That of x, unless it is one that is normalized over."""
         return _batch_before(self, dims, len(self.over))
 
@@ -136,7 +136,7 @@ class RMSNorm(Normalization):
                 found.append(sum_leading(cotangent * self.xhat, len(self.last)).to(self.weight.dtype))
         return found
 
-    def batch_dim(self, dims: Sequence[int | None]) -> int | None:
+    def batch_dim(self, dims: Sequence[int | None], batch: int) -> int | None:
         """That of x, unless it is one that is normalized over."""
         return _batch_before(self, dims, len(self.last))
 
@@ -214,7 +214,7 @@ class GroupNorm(Normalization):
         )
         return [found[i] for i in wanted]
 
-    def batch_dim(self, dims: Sequence[int | None]) -> int | None:
+    def batch_dim(self, dims: Sequence[int | None], batch: int) -> int | None:
         """The first, if that is where the examples are."""
         self.check_affine(dims)
         if dims[0] is not None and dims[0] != 0:

@@ -28,10 +28,9 @@ class Normalization(Node):
     def vjp(self, i: int, cotangent: Tensor, into: Tensor | None) -> Tensor:
         return accumulated(self._gradients(cotangent, (i,))[0], into)
 
-    def vjps(self, cotangent: Tensor, into: Sequence[Tensor | None]) -> list[Tensor]:
+    def vjps(self, cotangent: Tensor) -> list[Tensor]:
         """All from one call."""
-        found = self._gradients(cotangent, self.wanted)
-        return [accumulated(t, s) for t, s in zip(found, into, strict=True)]
+        return self._gradients(cotangent, self.wanted)
 
     def _gradients(self, cotangent: Tensor, wanted: Sequence[int]) -> list[Tensor]:
         raise NotImplementedError

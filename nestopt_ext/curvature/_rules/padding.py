@@ -28,7 +28,7 @@ class Pad(Node):
     def vjp(self, i: int, cotangent: Tensor, into: Tensor | None) -> Tensor:
         return accumulated(F.pad(cotangent, [-p for p in self.pad]), into)
 
-    def batch_dim(self, dims: Sequence[int | None]) -> int | None:
+    def batch_dim(self, dims: Sequence[int | None], batch: int) -> int | None:
         """That of x, unless it is padded."""
         of_x = dims[0]
         if of_x is not None:

@@ -23,7 +23,7 @@ class Pool(Node):
         self.n = n
         self.shape, self.size = value_of(x).shape, result.shape
 
-    def batch_dim(self, dims: Sequence[int | None]) -> int | None:
+    def batch_dim(self, dims: Sequence[int | None], batch: int) -> int | None:
         """That of x, unless windows go over it."""
         if dims[0] is not None and dims[0] >= len(self.shape) - self.n:
             raise MixesExamples("a pooling layer has examples in its windows")
