@@ -352,6 +352,20 @@ def test_frozen_batch_statistics_keep_examples_apart():
     assert dims[tape.output_slot] == 0
 
 
+def test_frozen_batch_statistics_of_layers_without_running_ones():
+    """Which take those of the batch in eval mode, too; and layers in eval mode that have some keep them."""
+    x = normal(5, 4)
+    for norm in (nn.BatchNorm1d(3, track_running_stats=False).eval(), nn.BatchNorm1d(3, momentum=None).train()):
+        model = nn.Sequential(randomized(nn.Linear(4, 3)), randomized(norm), nn.Tanh())
+        reference = nn.Sequential(model[0], nn.BatchNorm1d(3).double().eval(), nn.Tanh())
+        with torch.no_grad():
+            h = model[0](x)
+        statistics = {"running_mean": h.mean(0), "running_var": h.var(0, False)}
+        reference[1].load_state_dict({**norm.state_dict(), **statistics}, strict=False)
+        check_same(linearize(model, x, freeze_batch_norm=True), linearize(reference, x), 1e-12)
+        check_same(linearize(reference, x, freeze_batch_norm=True), linearize(reference, x), 1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_frozen_batch_statistics_in_lower_precision(dtype):
     model = nn.Sequential(randomized(nn.Linear(4, 3)), randomized(nn.BatchNorm1d(3)), nn.Tanh()).to(dtype)

@@ -93,9 +93,9 @@ def linearize(
     back. A recording is of the params as they were, and refuses to work after they change.
 
     In training mode, batch normalization is differentiated through the mean and variance of the batch, as autograd
-    does. With ``freeze_batch_norm`` they are taken for constants, at the values they have here: each example's output
-    then depends on that example alone. That is another J, a common approximation (Gauss-Newton methods that need one
-    gradient for each example make it), with the same outputs; layers in eval mode have constant statistics anyway.
+    does. With ``freeze_batch_norm`` they are taken for constants, at the values they have here, so that batch
+    normalization no longer makes one example's outputs depend on another. The outputs are the same, and J is that of
+    the model with its statistics held; layers in eval mode have constant statistics anyway.
 
     Raises TypeError or ValueError for bad arguments, and RuntimeError, with the way out, where a fallback needs a
     second derivative that PyTorch does not have.

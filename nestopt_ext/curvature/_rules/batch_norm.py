@@ -16,10 +16,7 @@ from .normalization import Normalization, plus_product, sum_but
 
 
 class BatchNorm(Normalization):
-    """Normalization of each channel, dimension 1 of x, by ``mean`` and ``var`` [C].
-
-    They are those of the batch where ``differentiated`` says so, and constants otherwise.
-    """
+    """Normalization of each channel, dimension 1 of x, by ``mean`` and ``var`` [C]; by those of the batch if None."""
 
     name = "batch normalization"
 
@@ -28,17 +25,24 @@ class BatchNorm(Normalization):
         x: Operand,
         weight: Operand | None,
         bias: Operand | None,
-        mean: Tensor,
-        var: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
         eps: float,
-        *,
-        differentiated: bool,
     ) -> None:
         super().__init__(x, weight, bias)
         t, w, b = value_of(x), value_of(weight), value_of(bias)
         dtype = opmath(self.dtype)
-        rstd = (var.to(dtype) + eps).rsqrt()
-        self.differentiated = differentiated
+        self.differentiated = mean is None
+        self.xhat: Tensor | None = None
+        if self.differentiated:
+            xhat, _, rstd = _normalized(t, eps)
+            self.xhat = xhat.to(self.dtype)
+        else:
+            assert mean is not None and var is not None
+            mean, var = mean.to(dtype), var.to(dtype)
+            rstd = (var + eps).rsqrt()
+            if 1 in self.wanted:
+                self.xhat = F.batch_norm(t.to(dtype), mean, var, eps=eps).to(self.dtype)
         self.channels = [-1] + [1] * (t.dim() - 2)
         self.weight_dtype = self.dtype if bias is None else b.dtype
         if w is not None:
@@ -46,10 +50,6 @@ class BatchNorm(Normalization):
         self.scale = rstd if w is None else rstd * w
         self.factor = self.scale.to(self.dtype).view(self.channels)
         self.zeros, self.ones = torch.zeros_like(rstd), torch.ones_like(rstd)
-        self.xhat: Tensor | None = None
-        if differentiated or 1 in self.wanted:
-            centred = t - mean.to(dtype).view(self.channels)
-            self.xhat = centred.mul_(rstd.view(self.channels)).to(self.dtype)
 
     def jvp(self, tangents: Sequence[Tensor | None]) -> Tensor:
         of_x, of_weight, of_bias = tangents
@@ -128,15 +128,16 @@ def batch_norm(
     x = value_of(input)
     # The real function writes the running statistics.
     result = F.batch_norm(x, running_mean, running_var, value_of(weight), value_of(bias), training, momentum, eps)
-    mean, var = _moments(x) if training else (running_mean, running_var)
-    assert mean is not None and var is not None
-    return BatchNorm(input, weight, bias, mean, var, eps, differentiated=training), result
+    mean, var = (None, None) if training else (running_mean, running_var)
+    return BatchNorm(input, weight, bias, mean, var, eps), result
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean and variance of each channel, [C], in float32 at least."""
-    var, mean = torch.var_mean(x.to(opmath(x.dtype)), [d for d in range(x.dim()) if d != 1], correction=0)
-    return mean, var
+def _normalized(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x^, and the mean and inverse standard deviation of each channel, [C], in float32 at least."""
+    found: tuple[Tensor, Tensor, Tensor] = torch.native_batch_norm(
+        x.to(opmath(x.dtype)), None, None, None, None, True, 0.0, eps
+    )
+    return found
 
 
 class FrozenBatchStatistics(TorchFunctionMode):
@@ -165,7 +166,8 @@ def _frozen(
         return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     with torch.no_grad():
         F.batch_norm(input, running_mean, running_var, None, None, True, momentum, eps)
-        mean, var = _moments(input.detach())
+        _, mean, rstd = _normalized(input.detach(), eps)
+        var = rstd.pow(-2)  # with eps in it
     if weight is not None:  # the function takes all of one dtype
         mean, var = mean.to(weight.dtype), var.to(weight.dtype)
-    return F.batch_norm(input, mean, var, weight, bias, False, momentum, eps)
+    return F.batch_norm(input, mean, var, weight, bias, False, momentum, 0.0)

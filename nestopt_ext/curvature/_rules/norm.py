@@ -274,7 +274,7 @@ def instance_norm(
     )
     if not use_input_stats:
         assert running_mean is not None and running_var is not None
-        return BatchNorm(input, weight, bias, running_mean, running_var, eps, differentiated=False), result
+        return BatchNorm(input, weight, bias, running_mean, running_var, eps), result
     n, c, positions = _sizes(x.shape)
     x = x.contiguous(memory_format=_group_format(x))
     _, mean, rstd = torch.native_group_norm(x, value_of(weight), value_of(bias), n, c, positions, c, eps)
