@@ -136,7 +136,8 @@ Rule = Callable[..., Any]
 _R = TypeVar("_R", bound=Rule)
 
 #: Torch functions, and what records each: a function of the same signature that is given operands, and returns a node
-#: and the value, several such pairs, or NotImplemented where it does not know the arguments.
+#: and the value, several such pairs, an operand where the function gives back that very tensor, or NotImplemented where
+#: it does not know the arguments.
 RULES: dict[Any, Rule] = {}
 #: Torch functions that are run as they are, with the recording on, in the form that these functions write out.
 REWRITES: dict[Any, Callable[..., Any]] = {}
@@ -313,6 +314,8 @@ class Recorder(TorchFunctionMode):
             if in_place or _writes(name, kwargs):
                 raise Unrecordable(f"{name} writes in place")
             return self._unknown(func, args, kwargs, active)
+        if isinstance(made, Var):
+            return next(t for t, var in zip(tensors, found, strict=True) if var is made)
         if in_place or _asks_in_place(func, args, kwargs):
             return self._rebound(name, target, made)
         if isinstance(made, list):
