@@ -56,7 +56,9 @@ class Node:
     """
 
     #: Whether a result may share memory with the cotangent or tangent it was made from.
-    shares_memory: ClassVar[bool] = False
+    shares_memory: bool = False
+    #: Whether what goes back is new memory, although a tangent may share it.
+    makes_cotangent: ClassVar[bool] = False
     #: Multiplications of one application, as far as they matter; what a cost estimate counts.
     macs: int = 0
 
@@ -217,7 +219,7 @@ class Tape:
                 present = found[slot]
                 if before is not None or present is None:
                     if before is None:
-                        own[slot] = not node.shares_memory
+                        own[slot] = node.makes_cotangent or not node.shares_memory
                     found[slot] = result
                 elif own[slot] and in_place:
                     found[slot] = present.add_(result)

@@ -1,5 +1,5 @@
 """What the recording of a model knows: a rule for each torch function, grouped by what it does."""
 
-from . import activations, linear
+from . import activations, arithmetic, linear, matmul, shapes
 
-__all__ = ["activations", "linear"]
+__all__ = ["activations", "arithmetic", "linear", "matmul", "shapes"]
