@@ -21,9 +21,13 @@ def _name(dtype: torch.dtype | torch.layout) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _tuple(shape: Sequence[int]) -> str:
+    sizes = ", ".join(str(s) for s in shape)
+    return f"({sizes},)" if len(shape) == 1 else f"({sizes})"
+
+
 def _shape(t: Tensor) -> str:
-    sizes = ", ".join(str(s) for s in t.shape)
-    return f"({sizes},)" if t.dim() == 1 else f"({sizes})"
+    return _tuple(t.shape)
 
 
 def _either(dtypes: Sequence[torch.dtype]) -> str:
@@ -149,22 +153,62 @@ class ListCheck:
 
     def rank(self, name: str, t: Tensor, dims: int, meaning: str) -> None:
         """``t`` has this number of dimensions, which mean something."""
+        self._strided(name, t)
         if t.dim() != dims:
-            raise ValueError(f"{self.op}: {name} must have {dims} dimensions, {meaning}; got shape {_shape(t)}.")
+            noun = "dimension" if dims == 1 else "dimensions"
+            raise ValueError(f"{self.op}: {name} must have {dims} {noun}, {meaning}; got shape {_shape(t)}.")
+
+    def vector(self, name: str, t: Tensor, like: tuple[str, Tensor], meaning: str) -> None:
+        """A written tensor of one dimension, not empty, beside the leading tensor and of its dtype."""
+        leader, lead = like
+        self._strided(name, t)
+        if t.device != lead.device:
+            raise ValueError(f"{self.op}: {name} must be on {lead.device}, the device of {leader}; got {t.device}.")
+        if t.dtype != lead.dtype:
+            wanted = _name(lead.dtype)
+            raise TypeError(f"{self.op}: {name} must be {wanted} beside {leader} of {wanted}; got {_name(t.dtype)}.")
+        if t.dim() != 1 or t.shape[0] == 0:
+            raise ValueError(
+                f"{self.op}: {name} must have one dimension and an element at least, {meaning}; got shape {_shape(t)}."
+            )
+        self._may_write(name, t)
+
+    def shape(self, name: str, t: Tensor, holds: bool, rule: str) -> None:
+        """The shape of ``t`` obeys a rule of the op's own."""
+        if not holds:
+            raise ValueError(f"{self.op}: {name} must {rule}; got shape {_shape(t)}.")
+
+    def operand(
+        self, name: str, t: Tensor, like: tuple[str, Tensor], dtypes: Mapping[torch.dtype, tuple[torch.dtype, ...]]
+    ) -> None:
+        """A tensor of a shape of its own beside another one, whose dtype tells those allowed here; only read."""
+        other, lead = like
+        self._strided(name, t)
+        if t.device != lead.device:
+            raise ValueError(f"{self.op}: {name} must be on {lead.device}, the device of {other}; got {t.device}.")
+        if t.dtype not in dtypes[lead.dtype]:
+            raise TypeError(
+                f"{self.op}: {name} must be {_either(dtypes[lead.dtype])} beside {other} of {_name(lead.dtype)};"
+                f" got {_name(t.dtype)}."
+            )
+        self._items.append((name, t, False))
 
     def row_numbers(self, name: str, t: Tensor, like: tuple[str, Tensor]) -> None:
         """A number, float32 or float64, for each row of the leading tensor; only read."""
+        self.shaped(name, t, like, like[1].shape[:1], f"a number for each row of {like[0]}")
+
+    def shaped(self, name: str, t: Tensor, like: tuple[str, Tensor], shape: Sequence[int], meaning: str) -> None:
+        """Numbers, float32 or float64, beside the leading tensor and of another shape, which means something; only
+        read.
+        """
         leader, lead = like
         self._strided(name, t)
         if t.dtype not in REAL:
             raise TypeError(f"{self.op}: {name} must be {_either(REAL)}; got {_name(t.dtype)}.")
         if t.device != lead.device:
             raise ValueError(f"{self.op}: {name} must be on {lead.device}, the device of {leader}; got {t.device}.")
-        if t.shape != lead.shape[:1]:
-            raise ValueError(
-                f"{self.op}: {name} must have a number for each row of {leader}, shape ({lead.shape[0]},);"
-                f" got {_shape(t)}."
-            )
+        if t.shape != torch.Size(shape):
+            raise ValueError(f"{self.op}: {name} must have {meaning}, shape {_tuple(shape)}; got {_shape(t)}.")
         self._items.append((name, t, False))
 
     def scalars(self, name: str, tensors: Sequence[Tensor], like: tuple[str, Sequence[Tensor]]) -> None:
@@ -189,8 +233,11 @@ class ListCheck:
         *,
         written: bool = False,
         on_cpu: bool = True,
+        finite: bool = True,
     ) -> None:
-        """A tensor of one element, float32 or float64, on the CPU (``on_cpu``) or beside the leading list."""
+        """A tensor of one element, float32 or float64, on the CPU (``on_cpu``) or beside the leading list. On the CPU
+        one that is only read must be ``finite``.
+        """
         self._number(name, t)
         device = leaders[0].device if leaders else t.device
         if t.device != device and not (on_cpu and t.device.type == "cpu"):
@@ -200,7 +247,7 @@ class ListCheck:
             self._may_write(name, t)
         else:
             self._items.append((name, t, False))
-            if on_cpu:
+            if on_cpu and finite:
                 self._finite.append((name, t))
 
     def memory(self) -> None:

@@ -279,6 +279,115 @@ def complex_sgd_step_(
     )
 
 
+# ---- dual_series ----------------------------------------------------------------------------------------------------
+
+
+def check_dual_series(
+    coefficients: Tensor,
+    sq_norms: Tensor,
+    gram: Tensor,
+    weights: Tensor,
+    projections: Tensor,
+    alpha: Tensor,
+    *,
+    damping: float = 0.0,
+) -> list[Tensor]:
+    check = _checks.ListCheck("dual_series_")
+    like = ("coefficients", coefficients)
+    _checks.finite("dual_series_", damping=damping)
+    check.leading("coefficients", coefficients, _checks.REAL)
+    check.rank("coefficients", coefficients, 1, "the rows")
+    check.vector("sq_norms", sq_norms, like, "that of v")
+    rows = coefficients.shape[0]
+    check.shaped("gram", gram, like, (rows, rows), "a row and a column for each of coefficients")
+    check.following("weights", weights, like, _SAME, written=False)
+    check.following("projections", projections, like, _SAME, written=False)
+    check.scalar("alpha", alpha, [coefficients])
+    check.memory()
+    return [coefficients, sq_norms]
+
+
+_dual_series_ = _define(
+    "dual_series_(Tensor(a!) coefficients, Tensor(b!) sq_norms, Tensor gram, Tensor weights, Tensor projections,"
+    " Tensor alpha, *, float damping=0.0) -> ()",
+    _reference.dual_series_,
+    check_dual_series,
+)
+
+
+def dual_series_(
+    coefficients: Tensor,
+    sq_norms: Tensor,
+    gram: Tensor,
+    weights: Tensor,
+    projections: Tensor,
+    alpha: Tensor,
+    *,
+    damping: float = 0.0,
+) -> None:
+    r"""All K terms of a Neumann series of :math:`G = R^\top \mathrm{diag}(\text{weights}) R` in the span of its N rows:
+    :math:`\sum_{j \le K} (I - \alpha (G + \text{damping}\, I))^j v = (\sum_{j \le K} q^j)\, v + R^\top c` with c the
+    ``coefficients`` and :math:`q = 1 - \alpha \cdot` ``damping``; see :func:`nestopt_ext._reference.dual_series_` for
+    the recurrence.
+
+    ``coefficients`` [N] and ``sq_norms`` [K + 1] are written: ``sq_norms[0]`` holds :math:`|v|^2` and stays, the others
+    receive the squared norms of the terms that follow. ``gram`` [N, N] = :math:`R R^\top`, symmetric, is float32 or
+    float64; ``coefficients``, ``sq_norms``, ``weights`` [N] and ``projections`` [N] = :math:`R v` are of one dtype,
+    float32 or float64. ``alpha`` (units 1/curvature) is a tensor of one element on the CPU or beside ``gram``.
+    Arithmetic is in float64. If the elements of a row of ``gram`` are not next to each other a native kernel works on a
+    copy. From a native kernel no bit depends on the number of threads; on CUDA all terms are one launch.
+    """
+    _dual_series_(coefficients, sq_norms, gram, weights, projections, alpha, damping=damping)
+
+
+# ---- hadamard_gram --------------------------------------------------------------------------------------------------
+
+#: The dtypes of factors beside an accumulator.
+_FACTORS = {torch.float32: (torch.float32, torch.bfloat16, torch.float16), torch.float64: _checks.FLOATING}
+
+
+def check_hadamard_gram(gram: Tensor, x: Tensor, y: Tensor, *, positions: int = 1) -> list[Tensor]:
+    op = "hadamard_gram_"
+    check = _checks.ListCheck(op)
+    _checks.require(op, "positions", positions, positions >= 1, "be positive")
+    check.leading("gram", gram, _checks.REAL)
+    check.rank("gram", gram, 2, "both of examples")
+    rows = gram.shape[0]
+    check.shape("gram", gram, gram.shape[1] == rows, "be square")
+    check.operand("x", x, ("gram", gram), _FACTORS)
+    check.rank("x", x, 2, "rows and features")
+    count = rows * positions
+    check.shape("x", x, x.shape[0] == count, f"have {count} rows, positions = {positions} for each row of gram")
+    check.operand("y", y, ("x", x), _SAME)
+    check.rank("y", y, 2, "rows and features")
+    whole = y.shape[0] % positions == 0 and (count % y.shape[0] == 0 if y.shape[0] > 0 else count == 0)
+    check.shape("y", y, whole, f"have positions = {positions} rows for each of a divisor of {rows} examples")
+    check.memory()
+    return [gram]
+
+
+_hadamard_gram_ = _define(
+    "hadamard_gram_(Tensor(a!) gram, Tensor x, Tensor y, *, int positions=1) -> ()",
+    _reference.hadamard_gram_,
+    check_hadamard_gram,
+)
+
+
+def hadamard_gram_(gram: Tensor, x: Tensor, y: Tensor, *, positions: int = 1) -> None:
+    r"""Adds to ``gram`` the inner products of the matrices ``sum_t x_t y_t'``, one for each example, which are never
+    formed: with T = ``positions``, ``gram[n, m] += sum_{s, t < T} (x[nT+s] . x[mT+t]) (y[n'T+s] . y[m'T+t])``, where
+    n' and m' are n and m modulo the number of examples in ``y``; see :func:`nestopt_ext._reference.hadamard_gram_`.
+
+    ``gram`` [N, N] (float32 or float64, any strides) is updated in place; it need not be symmetric. ``x`` [N T, O] and
+    ``y`` [M T, I], N a multiple of M, have one dtype: float32, float64 (beside float64 alone), bfloat16 or float16. The
+    inner products of rows are matrix products of torch, of float32 for 16-bit rows; the products of them are taken and
+    added up in the dtype of ``gram`` or a wider one. Beside ``gram`` some 16 MB are needed, whatever N and T. With the
+    weights of a linear layer, x the gradients of its outputs and y its inputs, or the other way round, this is the Gram
+    matrix of the gradients of N examples. Has no derivative.
+    """
+    _hadamard_gram_(gram, x, y, positions=positions)
+
+
 # ---- neumann --------------------------------------------------------------------------------------------------------
 
 _PRODUCT = {
@@ -302,7 +411,8 @@ def check_neumann_step(
     _checks.finite("neumann_step_", damping=damping)
     check.leading("v", v)
     check.following("p", p, ("v", v), _SAME, written=True)
-    check.following("av", av, ("v", v), _PRODUCT, written=False)
+    if av:
+        check.following("av", av, ("v", v), _PRODUCT, written=False)
     check.scalar("alpha", alpha, v)
     if sq_norm is not None:
         check.scalar("sq_norm", sq_norm, v, written=True, on_cpu=False)
@@ -330,15 +440,81 @@ def neumann_step_(
     r"""One term of a Neumann series for a whole list of tensors: ``v -= alpha * (av + damping * v)``, then ``p += v``.
 
     ``v`` and ``p`` (float32, float64, bfloat16 or float16, any strides, one device) are updated in place; ``av`` has
-    their shapes and dtype, or a 16-bit dtype beside float32. ``alpha`` (units 1/curvature) is a tensor of one element
-    on the CPU or beside ``v``. ``sq_norm``, a tensor of one element beside ``v``, receives the squared norm of the new
-    ``v``; it stays on the device. From a native kernel its value does not depend on the number of threads.
+    their shapes and dtype, or a 16-bit dtype beside float32; or it is empty where ``v`` has been stepped already, and
+    then only ``p += v`` is left to do, without ``alpha`` and ``damping``. ``alpha`` (units 1/curvature) is a tensor of
+    one element on the CPU or beside ``v``. ``sq_norm``, a tensor of one element beside ``v``, receives the squared norm
+    of the new ``v``; it stays on the device. From a native kernel its value does not depend on the number of threads.
     """
     if not v and not p and not av:
         if sq_norm is not None:
             sq_norm.zero_()
         return
     _neumann_step_(v, p, av, alpha, damping=damping, sq_norm=sq_norm)
+
+
+# ---- rank_one_update ------------------------------------------------------------------------------------------------
+
+
+def check_rank_one_update(v: Sequence[Tensor], g: Sequence[Tensor], a: Tensor, b: Tensor) -> list[Tensor]:
+    check = _checks.ListCheck("rank_one_update_")
+    check.leading("v", v)
+    check.following("g", g, ("v", v), _PRODUCT, written=False)
+    check.scalar("a", a, v, finite=False)
+    check.scalar("b", b, v, finite=False)
+    check.memory()
+    return [*v]
+
+
+_rank_one_update_ = _define(
+    "rank_one_update_(Tensor(a!)[] v, Tensor[] g, Tensor a, Tensor b) -> ()",
+    _reference.rank_one_update_,
+    check_rank_one_update,
+)
+
+
+def rank_one_update_(v: Sequence[Tensor], g: Sequence[Tensor], a: Tensor, b: Tensor) -> None:
+    r"""``v <- a * v + b * g`` for a whole list of tensors, in one call: what a function of :math:`g g^\top` does to v.
+
+    ``v`` (float32, float64, bfloat16 or float16, any strides, one device) is updated in place; ``g`` has its shapes and
+    dtype, or a 16-bit dtype beside float32. ``a`` and ``b`` are tensors of one element (float32 or float64) on the CPU
+    or beside ``v``, of any value: a NaN in one of them is in every element then.
+    """
+    if v or g:
+        _rank_one_update_(v, g, a, b)
+
+
+# ---- row_dot --------------------------------------------------------------------------------------------------------
+
+
+def check_row_dot(out: Tensor, x: Tensor, y: Tensor) -> list[Tensor]:
+    check = _checks.ListCheck("row_dot_")
+    check.leading("out", out, _checks.REAL)
+    check.rank("out", out, 1, "the rows of x")
+    rows = out.shape[0]
+    check.operand("x", x, ("out", out), _FACTORS)
+    check.rank("x", x, 2, "rows and columns")
+    check.shape("x", x, x.shape[0] == rows, f"have a row for each element of out, {rows}")
+    check.operand("y", y, ("x", x), _SAME)
+    check.rank("y", y, 2, "rows and columns")
+    check.shape("y", y, y.shape[1] == x.shape[1], f"have the columns of x, {x.shape[1]}")
+    divides = rows % y.shape[0] == 0 if y.shape[0] > 0 else rows == 0
+    check.shape("y", y, divides, f"have a number of rows that divides those of x, {rows}")
+    check.memory()
+    return [out]
+
+
+_row_dot_ = _define("row_dot_(Tensor(a!) out, Tensor x, Tensor y) -> ()", _reference.row_dot_, check_row_dot)
+
+
+def row_dot_(out: Tensor, x: Tensor, y: Tensor) -> None:
+    r"""Inner products of the rows of two matrices: ``out[i] += sum_d x[i, d] * y[i mod M, d]``, M the rows of ``y``.
+
+    ``out`` [N] (float32 or float64, any stride) is updated in place. ``x`` [N, D] and ``y`` [M, D], N a multiple of M,
+    have one dtype: float32, float64 (beside float64 alone), bfloat16 or float16, which are multiplied in float32. Rows
+    may lie anywhere; if the elements of one are not next to each other a native kernel works on a copy. From a native
+    kernel a result does not depend on the number of threads. Has no derivative.
+    """
+    _row_dot_(out, x, y)
 
 
 # ---- softmax_hessian ------------------------------------------------------------------------------------------------
@@ -375,7 +551,16 @@ def softmax_hessian_(u: Tensor, logits: Tensor, row_weight: Tensor) -> None:
 
 _NATIVE = {
     (op, key.lower())
-    for op in ("complex_adam_step_", "complex_sgd_step_", "neumann_step_", "softmax_hessian_")
+    for op in (
+        "complex_adam_step_",
+        "complex_sgd_step_",
+        "dual_series_",
+        "hadamard_gram_",
+        "neumann_step_",
+        "rank_one_update_",
+        "row_dot_",
+        "softmax_hessian_",
+    )
     for key in ("CPU", "CUDA")
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"nestopt_ext::{op}", key)
 }

@@ -171,6 +171,72 @@ def complex_sgd_step_(
             param.copy_(weight)
 
 
+def dual_series_(
+    coefficients: Tensor,
+    sq_norms: Tensor,
+    gram: Tensor,
+    weights: Tensor,
+    projections: Tensor,
+    alpha: Tensor,
+    *,
+    damping: float = 0.0,
+) -> None:
+    r"""The K terms of a Neumann series of :math:`G = R^\top W R`, in the span of the rows of R.
+
+    With ``gram`` = :math:`R R^\top`, ``weights`` the diagonal of W, ``projections`` = :math:`R v`, ``sq_norms[0]`` =
+    :math:`|v|^2`, K = len(sq_norms) - 1 and :math:`q = 1 - \alpha \cdot` ``damping``, term j of the series is
+    :math:`v_j = (I - \alpha (G + \text{damping}\, I))^j v = q^j v + R^\top c_j` with::
+
+        c_0 = 0, d_0 = projections;  for j = 0 .. K - 1:
+            e = weights * d_j
+            f = gram @ e
+            sq_norms[j + 1] = max(0, q**2 * sq_norms[j] - 2 * q * alpha * (d_j . e) + alpha**2 * (e . f))
+            c_{j+1} = q * c_j - alpha * e
+            d_{j+1} = q * d_j - alpha * f            (= R v_{j+1})
+        coefficients = c_0 + ... + c_K
+
+    All in float64. A NaN stays one, in the maximum too.
+    """
+    wide = torch.float32 if gram.device.type == "mps" else torch.float64
+    matrix, weight, d = gram.to(wide), weights.to(wide), projections.to(wide)
+    step = _number(alpha, gram.device)
+    q = 1 - step * damping
+    c, total = torch.zeros_like(d), torch.zeros_like(d)
+    norms = [sq_norms[0].to(wide, copy=True)]
+    for _ in range(len(sq_norms) - 1):
+        e = weight * d
+        f = matrix @ e
+        norms.append((q * q * norms[-1] - 2 * q * step * (d @ e) + step * step * (e @ f)).clamp(min=0))
+        c = q * c - step * e
+        d = q * d - step * f
+        total = total + c
+    coefficients.copy_(total)
+    sq_norms[1:].copy_(torch.stack(norms)[1:])
+
+
+def hadamard_gram_(gram: Tensor, x: Tensor, y: Tensor, *, positions: int = 1) -> None:
+    r"""``gram[n, m] <- gram[n, m] + sum_{s, t < T} (x[nT+s] . x[mT+t]) (y[n'T+s] . y[m'T+t])``, T = ``positions``.
+
+    n' and m' are n and m modulo the number of examples in ``y``. With the matrices A_n = sum_t x[nT+t] y[n'T+t]', what
+    is added is the inner product of A_n and A_m. It goes by tiles of a few examples, of a few million numbers each.
+    """
+    if gram.numel() == 0:
+        return
+    math = opmath(x.dtype)
+    examples = y.shape[0] // positions
+    copies = gram.shape[0] // examples
+    grams = gram.view(copies, examples, copies, examples)
+    xs = x.to(math).view(copies, examples, positions, x.shape[1])
+    ys = y.to(math).view(examples, positions, y.shape[1])
+    step = max(1, 1024 // (copies * positions))
+    tiles = [slice(first, first + step) for first in range(0, examples, step)]
+    for i in tiles:
+        for j in tiles:
+            x_dots = torch.tensordot(xs[:, i], xs[:, j], dims=([3], [3])).to(gram.dtype)
+            y_dots = torch.tensordot(ys[i], ys[j], dims=([2], [2])).to(gram.dtype)
+            grams[:, i, :, j] += (x_dots * y_dots.unsqueeze(2)).sum((2, 5))
+
+
 def neumann_step_(
     v: Sequence[Tensor],
     p: Sequence[Tensor],
@@ -182,25 +248,44 @@ def neumann_step_(
 ) -> None:
     r"""One term of a Neumann series: ``v <- v - alpha * (av + damping * v)``, then ``p <- p + v``.
 
-    ``sq_norm``, when given, receives the squared Euclidean norm of the new ``v`` over the whole list.
+    With an empty ``av`` the first half has been done already: ``v`` is only read, ``alpha`` and ``damping`` are not
+    used. ``sq_norm``, when given, receives the squared Euclidean norm of the new ``v`` over the whole list.
     """
     total: Tensor | float = 0.0
-    for v_i, p_i, av_i in zip(v, p, av, strict=True):
+    for i, (v_i, p_i) in enumerate(zip(v, p, strict=True)):
         math = opmath(v_i.dtype)
-        term = v_i.to(math)
-        step = av_i.to(math)
-        if damping != 0:
-            step = plus(step, term, damping)
-        if isinstance(alpha, Tensor):
-            term = term - alpha.to(device=term.device, dtype=math).reshape(()) * step
-        else:
-            term = term - alpha * step
-        v_i.copy_(term)
+        if av:
+            term = v_i.to(math)
+            step = av[i].to(math)
+            if damping != 0:
+                step = plus(step, term, damping)
+            if isinstance(alpha, Tensor):
+                term = term - alpha.to(device=term.device, dtype=math).reshape(()) * step
+            else:
+                term = term - alpha * step
+            v_i.copy_(term)
         p_i.copy_(p_i.to(math) + v_i.to(math))
         if sq_norm is not None:
             total = total + v_i.to(torch.float64 if v_i.device.type != "mps" else math).square().sum()
     if sq_norm is not None:
         sq_norm.copy_(torch.as_tensor(total, dtype=sq_norm.dtype, device=sq_norm.device))
+
+
+def rank_one_update_(v: Sequence[Tensor], g: Sequence[Tensor], a: Tensor, b: Tensor) -> None:
+    """``v <- a * v + b * g`` for a whole list."""
+    for v_i, g_i in zip(v, g, strict=True):
+        math = opmath(v_i.dtype)
+        scale, along = (_number(t, v_i.device).to(math) for t in (a, b))
+        v_i.copy_(scale * v_i.to(math) + along * g_i.to(math))
+
+
+def row_dot_(out: Tensor, x: Tensor, y: Tensor) -> None:
+    r"""``out[i] <- out[i] + sum_d x[i, d] * y[i mod M, d]``, where M is the number of rows of ``y``."""
+    if x.numel() == 0:
+        return
+    math = opmath(x.dtype)
+    products = x.to(math).view(-1, *y.shape) * y.to(math)
+    out += products.sum(-1, dtype=out.dtype).flatten()
 
 
 def softmax_hessian_(u: Tensor, logits: Tensor, row_weight: Tensor) -> None:

@@ -72,7 +72,7 @@ ADAM = Op(
     counters=("steps",),
     optional=("max_exp_avg_sqs",),
 )
-NEUMANN = Op("neumann_step_", "v", {"p": True, "av": False}, "alpha", ("damping",), ("sq_norm",))
+NEUMANN = Op("neumann_step_", "v", {"p": True, "av": False}, "alpha", ("damping",), ("sq_norm",), optional=("av",))
 OPS = [ADAM, SGD, NEUMANN]
 
 

@@ -17,6 +17,7 @@ from helpers import (
     exact,
     expanded,
     name_of,
+    opmath,
     product,
     random_lists,
     same_bits,
@@ -100,6 +101,70 @@ def test_p_and_the_norm_see_v_as_it_is_stored(device):
         step([v, p, av], 0.123, sq_norm=norm)
         assert same_bits(v[0], p[0])
         assert norm.item() == pytest.approx(squared_norm(v), rel=1e-13)
+
+
+@pytest.mark.parametrize("norm_dtype", [None, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("layouts", [(contiguous, contiguous), *((f, contiguous) for f in LAYOUTS.values())])
+def test_a_term_that_was_stepped_already_is_added(layouts, norm_dtype, device):
+    v, p = random_lists(SHAPES * 2 + [(4, 6, 5, 3)], [(d, d) for d in FLOATING], layouts, device)
+    want = [exact(y) + exact(x) for x, y in zip(v, p, strict=True)]
+    rounded = [(y.to(opmath(y.dtype)) + x.to(opmath(x.dtype))).to(y.dtype) for x, y in zip(v, p, strict=True)]
+    memory = Memory([*v, *p])
+    norm = None if norm_dtype is None else torch.full((3,), 7.0, dtype=norm_dtype, device=device)
+    step([v, p, []], 0.3, damping=0.7, sq_norm=None if norm is None else norm[1:2])
+    assert memory.changed_only(p)
+    assert_as_good_as(p, rounded, want)
+    assert all_same_bits(p, rounded)
+    if norm is not None:
+        truth = squared_norm(v)
+        rounding = 1e-13 if norm_dtype == torch.float64 else torch.finfo(torch.float32).eps / 2 * 1.0001
+        assert abs(norm[1].item() - truth) <= rounding * truth
+        assert norm[0].item() == norm[2].item() == 7.0
+
+
+def test_a_product_of_zero_is_the_same_as_none(device):
+    v, p, av = make(SHAPES, PAIRS, device)
+    for t in av:
+        t.zero_()
+    norms = torch.full((2,), -1.0, dtype=torch.float64, device=device)
+    twin = [[t.clone() for t in list_] for list_ in (v, p)]
+    step([v, p, av], sq_norm=norms[0])
+    step([*twin, []], sq_norm=norms[1])
+    assert all_same_bits(v + p, twin[0] + twin[1])
+    if _ops.is_native("neumann_step_", device.type):
+        assert norms[0] == norms[1]
+
+
+def test_adding_shows_what_is_not_finite(device):
+    for value in (float("inf"), float("nan")):
+        v, p = random_lists([(3,), (70000,)], [(torch.float32,) * 2], (contiguous,) * 2, device)
+        v[1][69999] = value
+        norm = torch.zeros((), device=device)
+        step([v, p, []], sq_norm=norm)
+        assert not norm.isfinite() and not p[1][69999].isfinite() and p[1][:69999].isfinite().all()
+
+
+def test_adding_gives_the_same_bits_on_any_number_of_threads(native):
+    results = []
+    for threads in (1, 2, 5, 1):
+        torch.set_num_threads(threads)
+        torch.manual_seed(1)
+        v, p, _ = make([*SHAPES, (300001,), (1,), (300, 301)], PAIRS)
+        norm = torch.zeros((), dtype=torch.float64)
+        step([v, p, []], sq_norm=norm)
+        results.append([*p, norm])
+    assert all(all_same_bits(results[0], other) for other in results[1:])
+
+
+def test_adding_is_checked_too(device):
+    v, p, _ = make([(3,), (2, 2)], [PAIRS[0]], device)
+    with pytest.raises(ValueError, match="neumann_step_: alpha must be finite; got nan"):
+        step([v, p, []], float("nan"))
+    with pytest.raises(ValueError, match=r"neumann_step_: p must have the length of v, 2; got 1"):
+        step([v, p[:1], []])
+    with pytest.raises(ValueError, match=r"neumann_step_: v\[1\] must not share memory with p\[1\]"):
+        step([v, [p[0], v[1]], []])
+    torch.library.opcheck(torch.ops.nestopt_ext.neumann_step_.default, (v, p, [], torch.tensor(0.1)))
 
 
 @pytest.mark.parametrize("pair", [PAIRS[0], PAIRS[2], PAIRS[4]], ids=lambda p: f"{name_of(p[0])}-{name_of(p[1])}")

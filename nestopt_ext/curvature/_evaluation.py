@@ -42,11 +42,6 @@ class Evaluation:
         loss: Tensor = self.value
         return loss
 
-    @property
-    def has_written(self) -> bool:
-        """Whether there is anything to put back."""
-        return bool(self._regions)
-
     def differentiating(self) -> AbstractContextManager[None]:
         """While open, tensors hold what the graph saw when it was built; afterwards, what they held on entry."""
         return self._restored() if self._regions else nullcontext()

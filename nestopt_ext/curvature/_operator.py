@@ -30,6 +30,10 @@ class CurvatureOperator(LinearOperator, ABC):
         """Whether the operator of several batches of equal size is the mean of theirs."""
         return True
 
+    def flat_diagonal(self) -> TensorList | None:
+        """The entries of a matrix that is diagonal by its making; None for any other."""
+        return None
+
     def __call__(self, v: SameTensors) -> SameTensors:
         """The product with ``v``; new tensors, in the structure of the params, without graph."""
         name = type(self).__name__.lstrip("_")  # of a sum, Sum
@@ -141,6 +145,10 @@ class Diagonal(CurvatureOperator):
     def flat_inverse(self, v: TensorList, damping: float) -> TensorList:
         return [t / (d + damping) for d, t in zip(self._values, v, strict=True)]
 
+    def flat_diagonal(self) -> TensorList:
+        """The entries."""
+        return self._values
+
     def flat_low_rank(self) -> LowRank:
         first = self._params[0]
         return LowRank([p.new_zeros((0, *p.shape)) for p in self._params], first.new_zeros(0), self._values)
@@ -174,6 +182,20 @@ class _Sum(CurvatureOperator):
         if left.diagonal is None or right.diagonal is None:
             return LowRank(rows, weights, left.diagonal if right.diagonal is None else right.diagonal)
         return LowRank(rows, weights, _added(left.diagonal, right.diagonal))
+
+    def flat_diagonal(self) -> TensorList | None:
+        left, right = self._left.flat_diagonal(), self._right.flat_diagonal()
+        return None if left is None or right is None else _added(left, right)
+
+    def flat_loop(
+        self, v: TensorList, num_terms: int, alpha: Tensor, damping: float, diagonal: TensorList | None = None
+    ) -> tuple[TensorList, Tensor] | None:
+        for one, other in ((self._left, self._right), (self._right, self._left)):
+            entries = other.flat_diagonal()
+            if entries is not None:
+                entries = entries if diagonal is None else _added(entries, diagonal)
+                return one.flat_loop(v, num_terms, alpha, damping, entries)
+        return None
 
 
 class _Scaled(CurvatureOperator):
@@ -220,6 +242,19 @@ class _Scaled(CurvatureOperator):
         inner = self._operator.largest_eigenvalue() if self._scalar > 0 else None
         return None if inner is None else self._scalar * inner
 
+    def flat_diagonal(self) -> TensorList | None:
+        entries = self._operator.flat_diagonal()
+        return None if entries is None else [self._scalar * d for d in entries]
+
+    def flat_loop(
+        self, v: TensorList, num_terms: int, alpha: Tensor, damping: float, diagonal: TensorList | None = None
+    ) -> tuple[TensorList, Tensor] | None:
+        if self._scalar <= 0:
+            return None
+        diagonal = None if diagonal is None else [d / self._scalar for d in diagonal]
+        found = self._operator.flat_loop(v, num_terms, alpha * self._scalar, damping / self._scalar, diagonal)
+        return None if found is None else ([t / self._scalar for t in found[0]], found[1])
+
 
 class _Damped(CurvatureOperator):
     """An operator plus a number times the identity."""
@@ -259,6 +294,15 @@ class _Damped(CurvatureOperator):
     def largest_eigenvalue(self) -> Tensor | None:
         inner = self._operator.largest_eigenvalue()
         return None if inner is None else inner + self._damping
+
+    def flat_diagonal(self) -> TensorList | None:
+        entries = self._operator.flat_diagonal()
+        return None if entries is None else [d + self._damping for d in entries]
+
+    def flat_loop(
+        self, v: TensorList, num_terms: int, alpha: Tensor, damping: float, diagonal: TensorList | None = None
+    ) -> tuple[TensorList, Tensor] | None:
+        return self._operator.flat_loop(v, num_terms, alpha, damping + self._damping, diagonal)
 
 
 class _Rearranged(CurvatureOperator):
@@ -306,6 +350,17 @@ class _Rearranged(CurvatureOperator):
 
     def largest_eigenvalue(self) -> Tensor | None:
         return self._operator.largest_eigenvalue()
+
+    def flat_diagonal(self) -> TensorList | None:
+        entries = self._operator.flat_diagonal()
+        return None if entries is None else self._out(entries)
+
+    def flat_loop(
+        self, v: TensorList, num_terms: int, alpha: Tensor, damping: float, diagonal: TensorList | None = None
+    ) -> tuple[TensorList, Tensor] | None:
+        inside = None if diagonal is None else self._in(diagonal)
+        found = self._operator.flat_loop(self._in(v), num_terms, alpha, damping, inside)
+        return None if found is None else (self._out(found[0]), found[1])
 
 
 def _added(left: TensorList, right: TensorList) -> TensorList:

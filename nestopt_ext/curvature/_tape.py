@@ -75,9 +75,9 @@ class Node:
         """What goes back to operand ``i``; added to ``into`` in place and returned where that is given."""
         raise NotImplementedError
 
-    def vjps(self, cotangent: Tensor, into: Sequence[Tensor | None]) -> list[Tensor]:
-        """The same for all wanted operands, in their order."""
-        return [self.vjp(i, cotangent, t) for i, t in zip(self.wanted, into, strict=True)]
+    def vjps(self, cotangent: Tensor) -> list[Tensor]:
+        """New tensors for all wanted operands, in their order; for a node that has them from one call."""
+        return [self.vjp(i, cotangent, None) for i in self.wanted]
 
     def batch_dim(self, dims: Sequence[int | None], batch: int) -> int | None:
         """Which dimension of the result runs over the ``batch`` examples, from those of the operands; None for none.
@@ -171,9 +171,15 @@ class Tape:
         self._output = output.slot
         self._num_slots = num_slots
         last = {slot: k for k, node in enumerate(self.nodes) for slot in node.slots if slot >= num_params}
-        self._dead: list[list[int]] = [[] for _ in self.nodes]
+        dead: list[list[int]] = [[] for _ in self.nodes]
         for slot, k in last.items():
-            self._dead[k].append(slot)
+            dead[k].append(slot)
+        # What each pass needs of a node, looked up once: small models spend their time on such things.
+        self._forward = [(node.jvp, node.output, node.slots, ends) for node, ends in zip(self.nodes, dead, strict=True)]
+        self._backward = [
+            (node, node.output, [(i, node.slots[i]) for i in node.wanted], type(node).vjps is not Node.vjps)
+            for node in reversed(self.nodes)
+        ]
 
     @property
     def output_slot(self) -> int:
@@ -183,8 +189,9 @@ class Tape:
         """J v, in memory of its own."""
         found: list[Tensor | None] = [None] * self._num_slots
         found[: self.num_params] = v
-        for node, dead in zip(self.nodes, self._dead, strict=True):
-            found[node.output] = node.jvp([None if s < 0 else found[s] for s in node.slots])
+        found.append(None)  # what slot -1, of a constant, stands for
+        for jvp, output, slots, dead in self._forward:
+            found[output] = jvp([found[s] for s in slots])
             for slot in dead:
                 found[slot] = None
         result = found[self._output]
@@ -206,25 +213,21 @@ class Tape:
             found[self._output] = u.clone() if present is None else present.add_(u)
             return found[: self.num_params]
         found[self._output] = u
-        for node in reversed(self.nodes):
-            cotangent = found[node.output]
+        for node, output, sinks, jointly in self._backward:
+            cotangent = found[output]
             if cotangent is None:
                 continue
-            found[node.output] = None
-            slots = [node.slots[i] for i in node.wanted]
-            given = [found[s] if own[s] and in_place else None for s in slots]
-            if len(set(slots)) < len(slots):  # x * x: the second must see what the first has added
-                given = [None] * len(slots)
-            for slot, before, result in zip(slots, given, node.vjps(cotangent, given), strict=True):
+            found[output] = None
+            results = node.vjps(cotangent) if jointly else None
+            for k, (i, slot) in enumerate(sinks):
                 present = found[slot]
-                if before is not None or present is None:
-                    if before is None:
-                        own[slot] = node.makes_cotangent or not node.shares_memory
-                    found[slot] = result
-                elif own[slot] and in_place:
-                    found[slot] = present.add_(result)
-                else:
-                    found[slot], own[slot] = present + result, True
+                reused = present if own[slot] and in_place else None
+                result = node.vjp(i, cotangent, reused) if results is None else accumulated(results[k], reused)
+                if present is None:
+                    own[slot] = node.makes_cotangent or not node.shares_memory
+                elif reused is None:
+                    result, own[slot] = present + result, True
+                found[slot] = result
         for slot in range(self.num_params):
             tensor = found[slot]
             if tensor is not None and not own[slot]:
@@ -262,10 +265,10 @@ class Recorder(TorchFunctionMode):
         #: Constants that rules were given, and what version they had.
         self._versions: Any = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
         for p in params:
-            self._bind(p, self._new(p.detach(), active=True))
+            self._bind(p, self._new(p.data, active=True))
         for t in data:
             if id(t) not in self._vars:
-                self._bind(t, self._new(t.detach(), active=False))
+                self._bind(t, self._new(t.data, active=False))
                 self.data.append(self._vars[id(t)][1])
 
     def tape(self, output: Tensor) -> Tape | None:
@@ -422,20 +425,20 @@ class Recorder(TorchFunctionMode):
 
     def _var(self, node: Node, value: Tensor) -> Var:
         """A new variable that ``node`` computes."""
-        var = self._new(value.detach(), bool(node.wanted))
+        var = self._new(value, bool(node.wanted))
         node.output = var.slot
         self.nodes.append(node)
         return var
 
     def _operands(self, values: Any) -> list[Any]:
         def operand(t: Tensor) -> Operand:
-            return self._find(t) or t.detach()
+            return self._find(t) or t.data
 
         return list(mapped(tuple(values), operand))
 
     def _hand_out(self, node: Node, value: Tensor) -> Tensor:
         """A tensor for the code that is recorded."""
-        tensor = value.detach()
+        tensor = value.data
         if node.wanted:
             tensor.requires_grad_()
         self._bind(tensor, self._var(node, value))
@@ -455,7 +458,7 @@ class Recorder(TorchFunctionMode):
             if other is not None and other is not target and other.untyped_storage().data_ptr() == storage:
                 raise Unrecordable(f"{name} writes in place to memory that another tensor shares")
         # Other memory under the same tensor: what rules have kept of the old value stays.
-        target.data = value.detach()
+        target.data = value.data
         self._bind(target, self._var(node, value))
         rebound: Tensor = target
         return rebound

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import _lists, _reference
+from .. import _lists, _ops, _reference
 from .._distributed import average_, check_group
 from .._operator import LowRank
 from .._types import Loss, TensorList, Tensors
@@ -80,12 +80,18 @@ class RankOne(CurvatureOperator):
 
     def _combined(self, a: Tensor, v: TensorList, b: Tensor) -> TensorList:
         """A v + b g for k lists; ``a`` is 0-dim and ``b`` is [k]."""
-        result = []
-        for g, t in zip(self._g, v, strict=True):
-            math = _reference.opmath(t.dtype)
-            along = b.to(device=t.device, dtype=math).view(-1, *[1] * g.dim()) * g.to(math)
-            result.append((a.to(device=t.device, dtype=math) * t.to(math) + along).to(t.dtype))
-        return result
+        widest = [torch.promote_types(t.dtype, g.dtype) for t, g in zip(v, self._g, strict=True)]
+        result = [t.to(dtype, copy=True) for t, dtype in zip(v, widest, strict=True)]
+        g = [
+            g if _reference.opmath(g.dtype) == _reference.opmath(dtype) else g.to(dtype)
+            for g, dtype in zip(self._g, widest, strict=True)
+        ]
+        for positions in _lists.by_device(result).values():
+            home = result[positions[0]].device
+            scale, along = a.to(home), b.to(home)
+            for k in range(len(b)):
+                _ops.rank_one_update_([result[i][k] for i in positions], [g[i] for i in positions], scale, along[k])
+        return [r.to(t.dtype) for r, t in zip(result, v, strict=True)]
 
     def flat_product(self, v: TensorList) -> TensorList:
         """G (g'v)."""
