@@ -35,8 +35,9 @@ class Spread:
         """The same for each example apart: [B, *shape]; ``dim`` of the result runs over examples."""
         if batch != 1 and dim not in self._summed:
             raise MixesExamples("an operand without examples has entries for them")
-        size = cotangent.shape[dim]
-        parts = cotangent.unflatten(dim, (batch, size // batch)).movedim(dim, 0)  # [B, *result with r for B r]
+        shape = cotangent.shape
+        parts = cotangent.reshape(*shape[:dim], batch, shape[dim] // batch, *shape[dim + 1 :])
+        parts = parts.movedim(dim, 0)  # [B, *result], r for B r
         if self._summed:
             parts = parts.sum([d + 1 for d in self._summed])
         return parts.reshape(batch, *self.shape)

@@ -26,7 +26,7 @@ class Product(Node):
         if self.right.dim() > 2:
             self.macs = max(self.macs, self.right.numel() * self.left.shape[-2])
         self.value_shape = value.shape
-        outer = torch.broadcast_shapes(self.left.shape[:-2], self.right.shape[:-2])
+        outer = value.shape[: value.dim() - 2 + sum(self.vectors)]
         self.shape = torch.Size((*outer, self.left.shape[-2], self.right.shape[-1]))
         self.spreads = tuple(Spread(m.shape, (*outer, *m.shape[-2:])) for m in (self.left, self.right))
         #: Whether all but the last dimension of the first operand are rows of one matrix product.
@@ -40,9 +40,9 @@ class Product(Node):
             of_right = of_right.unsqueeze(1)
         if of_left is None:
             assert of_right is not None
-            result = self.left @ of_right
+            result = torch.matmul(self.left, of_right)
         elif of_right is None:
-            result = of_left @ self.right
+            result = torch.matmul(of_left, self.right)
         else:
             result = self._plus(self.left @ of_right, of_left, self.right)
         return result if self.shape == self.value_shape else result.reshape(self.value_shape)
@@ -92,7 +92,7 @@ class Product(Node):
         if not found:
             return None
         d = min(found)
-        return len(self.value_shape) + d + (self.vectors[1] and d < -1)
+        return len(self.shape) + d - (self.vectors[0] and d == -1)
 
     def example_gradients(
         self, i: int, cotangent: Tensor, dims: Sequence[int | None], batch: int
@@ -120,7 +120,7 @@ def _right_rows(left: Tensor, cotangent: Tensor, end: int, shape: Sequence[int],
         right = by_example(cotangent, cotangent.dim() + end, batch).reshape(batch, -1, cotangent.shape[-1])
         return left.mT @ right
     if end == -2:
-        left, cotangent = (t.unflatten(-2, (batch, -1)).movedim(-3, 0) for t in (left, cotangent))
+        left, cotangent = (by_example(t, t.dim() - 2, batch).movedim(1, -2) for t in (left, cotangent))
         left = left.reshape(batch, *(1,) * (cotangent.dim() - left.dim()), *left.shape[1:])
         end = -cotangent.dim()
     product = left.mT @ cotangent

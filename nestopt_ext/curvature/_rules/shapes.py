@@ -297,7 +297,8 @@ def repeat_interleave(input: Operand, repeats: Any, dim: int | None = None) -> A
     shape = list(x.shape)
     after = (dim or 0) % x.dim() + 1
     value = x.repeat_interleave(repeats, dim or 0)
-    return Tiled(input, [*shape[:after], 1, *shape[after:]], [*shape[:after], repeats, *shape[after:]], value.shape), value
+    inner, outer = ([*shape[:after], n, *shape[after:]] for n in (1, repeats))
+    return Tiled(input, inner, outer, value.shape), value
 
 
 class Sliced(Node):
@@ -458,9 +459,9 @@ def getitem(input: Operand, index: Any) -> Any:
         return NotImplemented
     tensors = [k for k, part in enumerate(parts) if isinstance(part, Tensor | Var)]
     before = parts[: tensors[0]]
-    if len(tensors) == 1 and _is_numbers(parts[tensors[0]]) and all(p == slice(None) for p in before):
-        if len(parts) == len(before) + 1:
-            return Picked(input, len(before), parts[-1]), x[_at(len(before), value_of(parts[-1]))]
+    alone = len(tensors) == 1 and len(parts) == len(before) + 1 and all(part == slice(None) for part in before)
+    if alone and _is_numbers(parts[-1]):
+        return Picked(input, len(before), parts[-1]), x[_at(len(before), value_of(parts[-1]))]
     # Integers count as tensors here; results of an index that is torn apart come first.
     spread = [k for k, part in enumerate(parts) if isinstance(part, Tensor | Var | int)]
     together = spread == list(range(spread[0], spread[-1] + 1))
