@@ -174,3 +174,79 @@ def test_examples_in_different_dimensions():
     model = Wrapped(lambda x, w: F.linear(x, w).unsqueeze(0) * F.linear(x, w).unsqueeze(1), normal(5, 3))
     check_rule(model, normal(6, 3))
     check_mixes(model, normal(6, 3))
+
+
+#: Of a hidden [6, 4, 5].
+SUMS = {
+    "sum": lambda h: h.sum(-1),
+    "sum keepdim": lambda h: torch.sum(h, 1, keepdim=True),
+    "sum of dims": lambda h: h.sum((1, 2)),
+    "sum by keyword": lambda h: h.sum(dim=[1], keepdim=True) * h,
+    "mean": lambda h: h.mean(1),
+    "mean of dims": lambda h: h.mean(dim=(-1, 1), keepdim=True),
+    "mean by function": lambda h: torch.mean(h, 2),
+    "amax": lambda h: h.amax(1),
+    "amax of several": lambda h: h.amax((1, 2)),
+    "amin": lambda h: torch.amin(h, -1, keepdim=True),
+    "max": lambda h: h.max(1)[0],
+    "max keepdim": lambda h: torch.max(h, dim=1, keepdim=True).values,
+    "max of two": lambda h: torch.max(h, h * h),
+    "min": lambda h: torch.min(h, 2).values,
+    "logsumexp": lambda h: h.logsumexp(1),
+    "logsumexp of several": lambda h: torch.logsumexp(h, (1, 2), keepdim=True),
+    "var": lambda h: h.var(1),
+    "var of dims, biased": lambda h: torch.var(h, dim=(1, 2), unbiased=False, keepdim=True),
+    "var with correction": lambda h: h.var(-1, correction=0),
+    "std": lambda h: h.std(-1),
+    "norm": lambda h: h.norm(dim=-1),
+    "norm keepdim": lambda h: h / torch.linalg.vector_norm(h, dim=-1, keepdim=True),
+    "softmax": lambda h: F.softmax(h, dim=-1),
+    "softmax method": lambda h: h.softmax(1),
+    "softmax function": lambda h: torch.softmax(h, -2),
+    "log_softmax": lambda h: F.log_softmax(h, 2),
+    "log_softmax method": lambda h: h.log_softmax(1),
+    "softmax of nothing seen": lambda h: torch._safe_softmax(h.masked_fill(data(6, 4, 1) > 0, -torch.inf), -1),
+}
+MIXED_SUMS = {
+    "sum": lambda h: h.sum(0),
+    "sum of all": lambda h: h.sum().view(1),
+    "mean keepdim": lambda h: h - h.mean(0, keepdim=True),
+    "mean of all": lambda h: h.mean() * h,
+    "max": lambda h: h.max(0).values,
+    "max of all": lambda h: h.max() * h,
+    "softmax": lambda h: h.softmax(0),
+    "log_softmax": lambda h: h.log_softmax(dim=0),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums(name):
+    model = Wrapped(lambda x, w: SUMS[name](F.linear(x, w)) * 2, normal(5, 3))
+    check_rule(model, normal(6, 4, 3))
+    check_example_gradients(model, normal(6, 4, 3))
+
+
+@pytest.mark.parametrize("name", MIXED_SUMS)
+def test_sums_over_examples(name):
+    model = Wrapped(lambda x, w: MIXED_SUMS[name](F.linear(x, w)) * 2, normal(5, 3))
+    check_rule(model, normal(6, 4, 3))
+    check_mixes(model, normal(6, 4, 3))
+
+
+def test_a_sum_that_is_all_there_is():
+    check_rule(Wrapped(lambda x, p: (x + p).sum(1), normal(4)), normal(6, 4))
+    check_rule(Wrapped(lambda x, p: p.sum(), normal(4)), normal(6, 4))
+    check_rule(Wrapped(lambda x, p: p.mean(), normal()), normal(6, 4))
+
+
+def test_the_largest_of_equals_share_what_goes_back():
+    check_rule(Wrapped(lambda x, p: (x * p).amax(1), torch.ones(4, dtype=F64)), torch.ones(6, 4, dtype=F64))
+    from nestopt_ext.curvature import linearize
+
+    jacobian = linearize(Wrapped(lambda x, p: (x * p).max(1).values, torch.ones(2)), torch.ones(1, 2))
+    assert jacobian.vjp(torch.ones(1))["params.0"].tolist() == [1.0, 0.0]  # the one whose index is given
+
+
+def test_norm_of_nothing():
+    jacobian_of = Wrapped(lambda x, p: (x * p).norm(dim=1), torch.zeros(3, dtype=F64))
+    check_rule(jacobian_of, normal(6, 3))

@@ -308,6 +308,8 @@ class Recorder(TorchFunctionMode):
                 return REWRITES[func](*args, **kwargs)
         target = args[0] if args else None
         in_place = func in OUT_OF_PLACE
+        if (in_place or _writes(name, kwargs)) and not active and isinstance(target, Tensor) and not found[0]:
+            return self._written(func, args, kwargs)
         if in_place:
             func = OUT_OF_PLACE[func]
         made = self._recorded(func, args, kwargs, active)
@@ -372,6 +374,14 @@ class Recorder(TorchFunctionMode):
             with self:
                 return transposed(args[0])
         return result
+
+    def _written(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A function that writes data to a constant: that stays one, of another value."""
+        if kwargs.get("out") is not None:
+            raise Unrecordable(f"{_name(func)} writes in place")
+        self._check_alone(_name(func), args[0])
+        with torch.no_grad():
+            return func(*args, **kwargs)
 
     def _unknown(self, func: Any, args: Any, kwargs: Any, active: bool) -> Any:
         """A function without a rule: by autograd, for this part alone, if it sees params."""
@@ -452,16 +462,20 @@ class Recorder(TorchFunctionMode):
         node, value = made
         if value.shape != target.shape or value.dtype != target.dtype:
             raise Unrecordable(f"{name} writes in place what has another shape or dtype")
-        storage = target.untyped_storage().data_ptr()
-        for reference, _ in self._vars.values():
-            other = reference()
-            if other is not None and other is not target and other.untyped_storage().data_ptr() == storage:
-                raise Unrecordable(f"{name} writes in place to memory that another tensor shares")
+        self._check_alone(name, target)
         # Other memory under the same tensor: what rules have kept of the old value stays.
         target.data = value.data
         self._bind(target, self._var(node, value))
         rebound: Tensor = target
         return rebound
+
+    def _check_alone(self, name: str, target: Tensor) -> None:
+        """Nothing else that is recorded may have the memory of ``target``."""
+        storage = target.untyped_storage().data_ptr()
+        for reference, _ in self._vars.values():
+            other = reference()
+            if other is not None and other is not target and other.untyped_storage().data_ptr() == storage:
+                raise Unrecordable(f"{name} writes in place to memory that another tensor shares")
 
 
 #: Makes the node of a function without a rule, from its result with a graph, the leaves of that, and the operands.
