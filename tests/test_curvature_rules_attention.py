@@ -5,15 +5,27 @@ import torch
 import torch.nn.functional as F
 from rules import Wrapped, check_example_gradients, check_rule
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nestopt_ext.curvature import linearize
+from nestopt_ext.curvature._tape import RULES
 
 F64 = torch.float64
+#: What layers of a transformer need besides.
+OPAQUE = tuple(f.__name__ for f in (F.layer_norm,) if f not in RULES)
+with_dropout = pytest.mark.skipif(F.dropout not in RULES, reason="dropout has no rule")
 INF = float("inf")
 
 
 def normal(*shape, seed=3):
     return torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def _twice_differentiable():
+    """What the rules are compared with must be."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def seeded(make):
@@ -144,6 +156,27 @@ def test_positions_first_and_one_sequence():
     check_rule(seeded(lambda: Attends(lambda a, x: a(x, x, x, key_padding_mask=padded(x))[1])), normal(4, 6))
 
 
+class Block(nn.Module):
+    """A layer of a transformer that normalizes first."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(6), nn.LayerNorm(6)
+        self.heads, self.out = nn.Linear(6, 18), nn.Linear(6, 6)
+        self.feed = nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 6))
+
+    def forward(self, x):
+        q, k, v = self.heads(self.norm1(x)).unflatten(-1, (3, 2, 3)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return x + self.feed(self.norm2(x))
+
+
+def test_transformer_with_its_own_heads():
+    model = seeded(lambda: nn.Sequential(*(Block() for _ in range(4)), nn.Linear(6, 3)))
+    check_rule(model, normal(5, 4, 6), rtol=1e-11, opaque=OPAQUE)
+
+
+@with_dropout
 @pytest.mark.parametrize("norm_first", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_transformer_encoder(norm_first, batch_first):
@@ -157,6 +190,7 @@ def test_transformer_encoder(norm_first, batch_first):
         check_example_gradients(model, normal(5, 4, 6), rtol=1e-11)
 
 
+@with_dropout
 def test_transformer_encoder_with_masks():
     layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True, norm_first=True)
     encoder = seeded(lambda: nn.TransformerEncoder(layer, 2, nn.LayerNorm(6), False)).eval()
@@ -167,13 +201,14 @@ def test_transformer_encoder_with_masks():
             self.encoder = encoder
 
         def forward(self, x):
-            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=F64)
+            mask = ~lower(x.shape[1], x.shape[1])
             return self.encoder(x, mask=mask, src_key_padding_mask=padded(x), is_causal=True)
 
     check_rule(Model(), normal(5, 4, 6), rtol=1e-11)
     check_example_gradients(Model(), normal(5, 4, 6), rtol=1e-11)
 
 
+@with_dropout
 def test_transformer_decoder():
     layer = nn.TransformerDecoderLayer(6, 2, 8, batch_first=True)
     decoder = seeded(lambda: nn.TransformerDecoder(layer, 2)).eval()

@@ -22,7 +22,7 @@ def _dims(dim: Any, rank: int) -> tuple[int, ...]:
 
 
 class Sum(Node):
-    """A sum over dimensions of elements times a fixed factor: a tensor like the operand, one over their number, or None."""
+    """A sum over dimensions, of elements times a factor: a tensor like the operand, one over their number, or None."""
 
     def __init__(self, x: Operand, dims: Sequence[int], keepdim: bool, factor: float | Tensor | None = None) -> None:
         super().__init__(x)
