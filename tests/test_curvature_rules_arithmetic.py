@@ -101,6 +101,8 @@ BINARY = {
     "same operand added": lambda h, p: (h + h) * (p + p),
     "data as operand": lambda h, p: h * data(6, 4, 5) + data(4, 5) * p,
     "of params alone": lambda h, p: h * (p.exp() * 2 + p),
+    "tril": lambda h, p: (h * p).tril(),
+    "triu": lambda h, p: torch.triu(h * p, diagonal=1),
     "compared": lambda h, p: h * (h > 0) * p,
 }
 
@@ -138,6 +140,13 @@ def test_the_larger_of_equals_counts_half():
 def test_dtypes_are_promoted_and_casts_are_taken_back():
     model = Wrapped(lambda x, p, q: (x * p + q).float() * q, normal(4).float(), normal(3, 4))
     check_rule(model, normal(6, 3, 4).float(), rtol=1e-6)
+    model = Wrapped(
+        lambda x, p: torch.tensor(0.3, dtype=F64) * p * torch.arange(4) * torch.tensor(2) * (x > 0) + x,
+        normal(4).float(),
+    )
+    check_rule(model, normal(6, 4).float(), rtol=1e-6)
+    half = Wrapped(lambda x, p: x * torch.tensor(0.3) * p + p, normal(6, 4).bfloat16())
+    check_rule(half, normal(6, 4).bfloat16(), rtol=0.03)
     whole = Wrapped(lambda x, p: x * p + 1, normal(4))
     check_rule(whole, torch.arange(24).view(6, 4))
     check_example_gradients(whole, torch.arange(24).view(6, 4))
@@ -199,6 +208,10 @@ SUMS = {
     "var with correction": lambda h: h.var(-1, correction=0),
     "std": lambda h: h.std(-1),
     "norm": lambda h: h.norm(dim=-1),
+    "normalize": lambda h: F.normalize(h, dim=-1),
+    "norm of all but examples": lambda h: torch.norm(h.flatten(1), 2, 1),
+    "mean beside a use before it": lambda h: h * h + h.mean(1, keepdim=True),
+    "sum beside a use before it": lambda h: h * h + h.sum(1, keepdim=True),
     "norm keepdim": lambda h: h / torch.linalg.vector_norm(h, dim=-1, keepdim=True),
     "softmax": lambda h: F.softmax(h, dim=-1),
     "softmax method": lambda h: h.softmax(1),

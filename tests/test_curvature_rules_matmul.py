@@ -91,3 +91,51 @@ def test_examples_mixed(name):
 def test_lower_precision(dtype):
     model = Wrapped(lambda x, p, q: (x @ p) @ q, normal(3, 5).to(dtype), normal(5, 2, seed=4).to(dtype))
     check_rule(model, normal(6, 4, 3).to(dtype), rtol=16 * torch.finfo(dtype).eps)
+
+
+#: Of a hidden [6, 4, 5] and a param.
+EINSUMS = {
+    "features": ("btd,dk->btk", (5, 3)),
+    "features by their other name": ("btd,kd->btk", (3, 5)),
+    "positions": ("btd,ts->bsd", (4, 3)),
+    "both": ("btd,td->b", (4, 5)),
+    "a scale": ("btd,d->btd", (5,)),
+    "several matrices": ("btd,tdk->btk", (4, 5, 2)),
+    "implicit": ("abd,dc", (5, 3)),
+    "outer": ("btd,k->btdk", (3,)),
+    "a sum besides": ("btd,dk->bk", (5, 3)),
+}
+
+
+@pytest.mark.parametrize("name", EINSUMS)
+def test_einsum_with_a_param(name):
+    equation, shape = EINSUMS[name]
+    model = Wrapped(lambda x, w, p: torch.einsum(equation, F.linear(x, w), p), normal(5, 3), normal(*shape, seed=4))
+    check_rule(model, normal(6, 4, 3))
+    if name not in ("implicit",):
+        check_example_gradients(model, normal(6, 4, 3))
+
+
+@pytest.mark.parametrize(
+    "equation",
+    ["btd,bsd->bts", "bts,bsd->btd", "btd,bsd -> bst", "btd,btd->b", "btd,btd->btd", "btd,bsd,bse->bte", "btd->bdt"],
+)
+def test_einsum_of_what_depends_on_params(equation):
+    def f(x, w, v):
+        tensors = [F.linear(x, w), F.linear(x, v), F.linear(x, w * v)][: equation.count(",") + 1]
+        if equation.startswith("bts"):
+            tensors[0] = tensors[0] @ tensors[0].mT
+        return torch.einsum(equation, *tensors).tanh()
+
+    check_rule(Wrapped(f, normal(5, 3), normal(5, 3, seed=4)), normal(6, 4, 3))
+    check_example_gradients(Wrapped(f, normal(5, 3), normal(5, 3, seed=4)), normal(6, 4, 3))
+
+
+@pytest.mark.parametrize("equation", ["...d,dk->...k", "btt,tk->bk"])
+def test_einsum_of_other_forms_goes_by_autograd(equation):
+    def f(x, w, p):
+        h = F.linear(x, w)
+        return torch.einsum(equation, h if "..." in equation else h @ h.mT, p)
+
+    shape = (5, 3) if "..." in equation else (4, 3)
+    check_rule(Wrapped(f, normal(5, 3), normal(*shape, seed=4)), normal(6, 4, 3), opaque=("einsum",))

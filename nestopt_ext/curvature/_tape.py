@@ -138,9 +138,11 @@ Rule = Callable[..., Any]
 _R = TypeVar("_R", bound=Rule)
 
 #: Torch functions, and what records each: a function of the same signature that is given operands, and returns a node
-#: and the value, several such pairs, or NotImplemented where it does not know the arguments.
+#: and the value, several such pairs, an operand where the function gives back that very tensor, or NotImplemented where
+#: it does not know the arguments.
 RULES: dict[Any, Rule] = {}
-#: Torch functions that are run as they are, with the recording on, in the form that these functions write out.
+#: Torch functions that are run, with the recording on, in the form that these functions write out; one that gives
+#: NotImplemented does not know the arguments.
 REWRITES: dict[Any, Callable[..., Any]] = {}
 #: Functions that write to their first argument, and those that give the same in new memory.
 OUT_OF_PLACE: dict[Any, Any] = {}
@@ -305,7 +307,9 @@ class Recorder(TorchFunctionMode):
         active = any(var is not None and var.active for var in found)
         if func in REWRITES and active:
             with self:
-                return REWRITES[func](*args, **kwargs)
+                result = REWRITES[func](*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         target = args[0] if args else None
         in_place = func in OUT_OF_PLACE
         if (in_place or _writes(name, kwargs)) and not active and isinstance(target, Tensor) and not found[0]:
@@ -317,6 +321,8 @@ class Recorder(TorchFunctionMode):
             if in_place or _writes(name, kwargs):
                 raise Unrecordable(f"{name} writes in place")
             return self._unknown(func, args, kwargs, active)
+        if isinstance(made, Var):
+            return next(t for t, var in zip(tensors, found, strict=True) if var is made)
         if in_place or _asks_in_place(func, args, kwargs):
             return self._rebound(name, target, made)
         if isinstance(made, list):

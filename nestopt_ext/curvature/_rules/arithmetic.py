@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -35,7 +35,11 @@ class Elementwise(Node):
         super().__init__(*operands)
         shapes = [x.shape if isinstance(x, Tensor) else () for x in map(value_of, operands)]
         dtypes = [x.dtype if isinstance(x, Tensor) else value.dtype for x in map(value_of, operands)]
-        self.factors = tuple(factors)
+        #: Numbers that tensors hold keep their precision; what is as large as the result has its dtype.
+        self.factors = tuple(
+            f.to(value.dtype) if isinstance(f, Tensor) and (f.dim() or not f.is_floating_point()) else f
+            for f in (factors if self.wanted else ())
+        )
         self.shapes, self.shape, self.dtype = shapes, value.shape, value.dtype
         self.spreads = {i: Spread(shapes[i], value.shape) for i in self.wanted}
         self.casts = {i: dtypes[i] for i in self.wanted if dtypes[i] != value.dtype}
@@ -87,10 +91,6 @@ class Elementwise(Node):
 def is_active(*operands: Any) -> bool:
     """Whether one of the operands depends on the params."""
     return any(isinstance(x, Var) and x.active for x in operands)
-
-
-def _plain(value: Tensor) -> bool:
-    return value.is_floating_point() or value.dtype in (torch.bool, torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 def _elementwise(operands: Sequence[Any], factors: Sequence[Factor], value: Tensor) -> Any:
@@ -257,6 +257,21 @@ def masked_fill(input: Operand, mask: Operand, value: Any) -> Any:
     x, chosen = value_of(input), value_of(mask)
     result = x.masked_fill(chosen, value_of(value))
     return _elementwise((input, mask), ((~chosen).to(result.dtype), None), result)
+
+
+@rule(torch.tril, Tensor.tril)
+def tril(input: Operand, diagonal: int = 0) -> Any:
+    return _triangle(input, diagonal, torch.tril)
+
+
+@rule(torch.triu, Tensor.triu)
+def triu(input: Operand, diagonal: int = 0) -> Any:
+    return _triangle(input, diagonal, torch.triu)
+
+
+def _triangle(input: Operand, diagonal: int, function: Callable[[Tensor, int], Tensor]) -> Any:
+    x = value_of(input)
+    return _elementwise((input,), (function(torch.ones_like(x), diagonal),), function(x, diagonal))
 
 
 @rule(torch.clamp, Tensor.clamp, torch.clip, Tensor.clip)

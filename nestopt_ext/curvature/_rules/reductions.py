@@ -29,7 +29,7 @@ class Sum(Node):
         self.dims, self.keepdim, self.factor = tuple(dims), keepdim, factor
         self.before = value_of(x).shape
         self.kept = tuple(1 if d in self.dims else size for d, size in enumerate(self.before))
-        self.shares_memory = factor is None or not self.dims
+        self.shares_memory = not isinstance(factor, Tensor)  # what goes back is one number for many elements
 
     def jvp(self, tangents: Sequence[Tensor | None]) -> Tensor:
         tangent = tangents[0]
@@ -148,17 +148,33 @@ def _spread(input: Operand, dim: Any, keepdim: bool, correction: float, root: bo
     return Sum(input, dims, keepdim, factor), _kept(value, dims, keepdim)
 
 
-@rule(torch.norm, Tensor.norm, torch.linalg.vector_norm)
+@rule(torch.norm, Tensor.norm)
 def norm(
-    input: Operand, p: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+    input: Operand, p: Any = "fro", dim: Any = None, keepdim: bool = False, out: Any = None, dtype: Any = None
 ) -> Any:
-    x = value_of(input)
-    dims = _dims(dim, x.dim())
-    if p not in (2, "fro") or dtype is not None or not x.is_floating_point() or not dims:
+    if p not in (2, "fro") or out is not None or dtype is not None:
         return NotImplemented
-    value = torch.linalg.vector_norm(x, 2, dims, keepdim=True)
-    factor = torch.where(value == 0, 0.0, x / value).to(x.dtype)
-    return Sum(input, dims, keepdim, factor), _kept(value, dims, keepdim)
+    return vector_norm(input, 2, dim, keepdim)
+
+
+@rule(torch.linalg.vector_norm)
+def vector_norm(x: Operand, ord: Any = 2, dim: Any = None, keepdim: bool = False) -> Any:
+    """Of what is zero the derivative is taken to be zero."""
+    elements = value_of(x)
+    dims = _dims(dim, elements.dim())
+    if ord != 2 or not elements.is_floating_point() or not dims:
+        return NotImplemented
+    value = torch.linalg.vector_norm(elements, 2, dims, keepdim=True)
+    factor = torch.where(value == 0, 0.0, elements / value).to(elements.dtype)
+    return Sum(x, dims, keepdim, factor), _kept(value, dims, keepdim)
+
+
+def normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None) -> Any:
+    """Divided by its norm."""
+    return NotImplemented if out is not None else input / input.norm(p, dim, keepdim=True).clamp_min(eps)
+
+
+REWRITES[F.normalize] = normalize
 
 
 def _max(function: Any, chosen: Any) -> Any:

@@ -171,6 +171,8 @@ class Same(Node):
 
 
 def _same(input: Operand, value: Tensor) -> Any:
+    if isinstance(input, Var) and value is input.value:
+        return input
     if isinstance(input, Var) and input.active and not value.is_floating_point():
         return NotImplemented
     return Same(input, value), value
