@@ -148,6 +148,10 @@ c10::ArrayRef<at::ScalarType> product_dtypes(at::ScalarType leading) {
   return leading == at::kFloat ? c10::ArrayRef<at::ScalarType>(kBesideFloat) : same_dtype(leading);
 }
 
+c10::ArrayRef<at::ScalarType> factor_dtypes(at::ScalarType leading) {
+  return leading == at::kDouble ? c10::ArrayRef<at::ScalarType>(kFloating) : product_dtypes(leading);
+}
+
 double cpu_value(const at::Tensor& t) {
   return t.scalar_type() == at::kDouble ? *t.const_data_ptr<double>() : *t.const_data_ptr<float>();
 }
@@ -256,6 +260,22 @@ void ListCheck::vector(const char* name, const at::Tensor& t, const char* meanin
                     " must have one dimension and an element at least, ", meaning, "; got shape ", tuple_of(t.sizes()),
                     ".");
   may_write(argument, 0);
+  arguments_.push_back(argument);
+}
+
+void ListCheck::refuse_shape(const char* name, const at::Tensor& t, const std::string& rule) const {
+  TORCH_CHECK_VALUE(false, op_, ": ", name, " must ", rule, "; got shape ", tuple_of(t.sizes()), ".");
+}
+
+void ListCheck::operand(const char* name, const at::Tensor& t, const char* other, const at::Tensor& lead,
+                        DtypeRule rule) {
+  const Argument argument{name, nullptr, &t, false};
+  strided(argument, 0);
+  TORCH_CHECK_VALUE(t.device() == lead.device(), op_, ": ", name, " must be on ", lead.device(), ", the device of ",
+                    other, "; got ", t.device(), ".");
+  const c10::ArrayRef<at::ScalarType> allowed = rule(lead.scalar_type());
+  TORCH_CHECK_TYPE(contains(allowed, t.scalar_type()), op_, ": ", name, " must be ", either(allowed), " beside ", other,
+                   " of ", name_of(lead.scalar_type()), "; got ", name_of(t.scalar_type()), ".");
   arguments_.push_back(argument);
 }
 

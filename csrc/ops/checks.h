@@ -5,6 +5,7 @@
 #include "ops/boxed.h"
 
 #include <c10/util/ArrayRef.h>
+#include <c10/util/StringUtil.h>
 
 #include <string>
 #include <vector>
@@ -19,6 +20,7 @@ using DtypeRule = c10::ArrayRef<at::ScalarType> (*)(at::ScalarType leading);
 c10::ArrayRef<at::ScalarType> same_dtype(at::ScalarType leading);
 c10::ArrayRef<at::ScalarType> opmath_dtype(at::ScalarType leading);    // float32 beside 16-bit types
 c10::ArrayRef<at::ScalarType> product_dtypes(at::ScalarType leading);  // the same, or 16 bits beside float32
+c10::ArrayRef<at::ScalarType> factor_dtypes(at::ScalarType leading);   // those, or any beside float64
 
 // Checks one call of one op: lists of tensors, or single ones, against a leading one, then memory across all of them.
 // Each member throws on the first fault; nothing is modified before the last one has returned. Names, lists and tensors
@@ -49,6 +51,15 @@ class ListCheck {
 
   // A written tensor of one dimension, not empty, beside the leading tensor and of its dtype.
   void vector(const char* name, const at::Tensor& t, const char* meaning);
+
+  // The shape of a tensor obeys a rule of the op's own, whose parts make up the text.
+  template <class... Rule>
+  void shape(const char* name, const at::Tensor& t, bool holds, const Rule&... rule) const {
+    if (!holds) refuse_shape(name, t, c10::str(rule...));
+  }
+
+  // A tensor of a shape of its own beside another one, whose dtype tells those allowed here; only read.
+  void operand(const char* name, const at::Tensor& t, const char* other, const at::Tensor& lead, DtypeRule rule);
 
   // A number, float32 or float64, for each row of the leading tensor; only read.
   void row_numbers(const char* name, const at::Tensor& t);
@@ -87,6 +98,7 @@ class ListCheck {
   };
   struct Span;  // the memory of one tensor
 
+  [[noreturn]] void refuse_shape(const char* name, const at::Tensor& t, const std::string& rule) const;
   void lead(const Argument& argument, c10::ArrayRef<at::ScalarType> dtypes);
   void follow(const Argument& argument, DtypeRule rule);
   void count(const Argument& argument) const;
