@@ -107,8 +107,14 @@ BINARY = {
 }
 
 
-@pytest.mark.parametrize("shape", [(5,), (4, 1), (1, 4, 5)])
-@pytest.mark.parametrize("name", BINARY)
+SHAPES = [(name, (4, 1)) for name in BINARY] + [
+    (name, shape)
+    for name in ("add", "sub with alpha", "mul", "div", "lerp by a tensor", "maximum", "where", "same operand twice")
+    for shape in ((5,), (1, 4, 5), (4, 5), (1, 1, 1))
+]
+
+
+@pytest.mark.parametrize(("name", "shape"), SHAPES)
 def test_operands_that_are_broadcast(name, shape):
     model = Wrapped(lambda x, w, p: BINARY[name](F.linear(x, w), p).tanh(), normal(5, 3), normal(*shape, seed=4))
     check_rule(model, normal(6, 4, 3))

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from rules import Wrapped, check_example_gradients, check_mixes, check_rule
 
+from nestopt_ext.curvature import linearize
+
 F64 = torch.float64
 
 
@@ -143,15 +145,59 @@ def test_examples_mixed(name):
     check_mixes(layer(MIXED[name]), normal(6, 4, 5))
 
 
-@pytest.mark.parametrize("name", APART)
+#: What writes in place, which is for what depends on params.
+OF_PARAMS = ("clone, then in place",)
+WHOLE = (
+    *("flatten", "transpose", "to a dtype", "expand", "repeat", "chunk", "index int", "index step", "index list"),
+    *("index two tensors", "index one position of each example", "index_select", "gather", "cat", "stack", "roll"),
+)
+
+
+def with_data(name):
+    """The same of data, before it meets params."""
+    return Wrapped(lambda x, w: APART[name](x).double().unsqueeze(-1) * w, normal(2))
+
+
+@pytest.mark.parametrize("name", [name for name in APART if name not in OF_PARAMS])
 def test_data(name):
-    """The same of data, before it meets params, also where it consists of whole numbers."""
+    check_example_gradients(with_data(name), normal(6, 4, 8))
 
-    def f(x, w):
-        moved = APART[name](x).double()
-        return moved.unsqueeze(-1) * w
 
-    if "clone, then" not in name:  # a relu in place of what no param is in
-        check_example_gradients(Wrapped(f, normal(2)), normal(6, 4, 8))
-        if name not in ("iteration", "chunk", "split", "unbind", "to a dtype"):
-            check_rule(Wrapped(f, normal(2)), torch.arange(6 * 4 * 8).view(6, 4, 8))
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_numbers(name):
+    check_rule(with_data(name), torch.arange(6 * 4 * 8).view(6, 4, 8))
+
+
+def written(write):
+    def f(x, w, p):
+        h = F.linear(x, w)
+        y = h * p
+        write(h, x)
+        return y
+
+    return Wrapped(f, normal(8, 5), normal(8))
+
+
+def without_grad(h, x):
+    with torch.no_grad():
+        h.view(-1).mul_(2)
+
+
+@pytest.mark.parametrize(
+    "write", [lambda h, x: h.detach().mul_(2), lambda h, x: h.detach()[0].copy_(x[0, :, :1]), without_grad]
+)
+def test_what_was_used_and_then_written_by_another_name_is_not_recorded(write):
+    """As PyTorch refuses to go back through it, after the model."""
+    with pytest.raises(RuntimeError, match="changed in place since"):
+        linearize(written(write), normal(6, 4, 5)).vjp(normal(6, 4, 8))
+
+
+def test_a_constant_that_data_is_written_to_is_one():
+    def f(x, p):
+        bias = torch.zeros_like(x)
+        bias.masked_fill_(x > 0, 2.0)
+        bias[:, 0] = x[:, 1]
+        bias += x
+        return bias.unsqueeze(-1) * p
+
+    check_rule(Wrapped(f, normal(2)), normal(6, 4))

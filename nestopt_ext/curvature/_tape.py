@@ -264,7 +264,9 @@ class Recorder(TorchFunctionMode):
         self.nodes: list[Node] = []
         self.opaque: list[str] = []
         self.data: list[Var] = []
-        #: Constants that rules were given, and what version they had.
+        #: Values that were handed out, and what version they had.
+        self._values: list[tuple[Tensor, int]] = []
+        #: The same for constants that rules were given.
         self._versions: Any = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
         for p in params:
             self._bind(p, self._new(p.data, active=True))
@@ -282,7 +284,7 @@ class Recorder(TorchFunctionMode):
             return None
         if not var.active:
             return None
-        if any(t._version != version for t, version in self._versions.items()):
+        if any(t._version != version for t, version in (*self._versions.items(), *self._values)):
             raise Unrecordable("a tensor was changed in place after it was used")
         return Tape(self._num_params, self._num_slots, self.nodes, self.data, var, self.opaque)
 
@@ -453,8 +455,9 @@ class Recorder(TorchFunctionMode):
         return list(mapped(tuple(values), operand))
 
     def _hand_out(self, node: Node, value: Tensor) -> Tensor:
-        """A tensor for the code that is recorded."""
-        tensor = value.data
+        """A tensor for the code that is recorded; one version counts for it, its views, and the value."""
+        tensor = value.detach()
+        self._values.append((value, value._version))
         if node.wanted:
             tensor.requires_grad_()
         self._bind(tensor, self._var(node, value))
