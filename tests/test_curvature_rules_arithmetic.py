@@ -4,6 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rules import Wrapped, check_example_gradients, check_mixes, check_rule
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from nestopt_ext.curvature import linearize
 
 F64 = torch.float64
 
@@ -260,8 +264,6 @@ def test_a_sum_that_is_all_there_is():
 
 def test_the_largest_of_equals_share_what_goes_back():
     check_rule(Wrapped(lambda x, p: (x * p).amax(1), torch.ones(4, dtype=F64)), torch.ones(6, 4, dtype=F64))
-    from nestopt_ext.curvature import linearize
-
     jacobian = linearize(Wrapped(lambda x, p: (x * p).max(1).values, torch.ones(2)), torch.ones(1, 2))
     assert jacobian.vjp(torch.ones(1))["params.0"].tolist() == [1.0, 0.0]  # the one whose index is given
 
@@ -269,3 +271,20 @@ def test_the_largest_of_equals_share_what_goes_back():
 def test_norm_of_nothing():
     jacobian_of = Wrapped(lambda x, p: (x * p).norm(dim=1), torch.zeros(3, dtype=F64))
     check_rule(jacobian_of, normal(6, 3))
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_weights_with_a_norm_of_their_own(dim):
+    torch.manual_seed(0)
+    model = nn.Sequential(weight_norm(nn.Linear(3, 5), dim=dim), nn.Tanh(), weight_norm(nn.Linear(5, 2), dim=dim))
+    x, named = normal(6, 3), dict(model.double().named_parameters())
+    jacobian = linearize(model, x)
+    assert jacobian.reason is None and not jacobian.opaque
+    outputs, u = model(x), normal(6, 2, seed=5)
+    torch.testing.assert_close(jacobian.outputs, outputs.detach())
+    found = jacobian.vjp(u)
+    for t, wanted in zip(found.values(), torch.autograd.grad(outputs, list(named.values()), u), strict=True):
+        torch.testing.assert_close(t, wanted)
+    v = {n: normal(*p.shape, seed=6) for n, p in named.items()}
+    torch.testing.assert_close((jacobian.jvp(v) * u).sum(), sum((t * v[n]).sum() for n, t in found.items()))
+    check_example_gradients(model, x)

@@ -174,7 +174,15 @@ def normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, o
     return NotImplemented if out is not None else input / input.norm(p, dim, keepdim=True).clamp_min(eps)
 
 
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Directions v of length g: one for each index of ``dim``, or one in all for -1."""
+    dims = [d for d in range(v.dim()) if d != dim]
+    lengths: Tensor = torch.linalg.vector_norm(v, 2, dims, keepdim=True)
+    return v * (g / lengths)
+
+
 REWRITES[F.normalize] = normalize
+REWRITES[torch._weight_norm] = weight_norm
 
 
 def _max(function: Any, chosen: Any) -> Any:
