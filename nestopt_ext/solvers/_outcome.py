@@ -72,24 +72,51 @@ class Verdict:
         return self.status not in (Status.converged, Status.max_terms)
 
 
-def judge(caller: str, outcome: Outcome, residual: Tensor | None = None, tolerance: Tensor | None = None) -> Verdict:
-    """Reads the evidence and the magnitude of the value, in one wait per device, and says how the solve ended.
+@dataclass(frozen=True)
+class Testimony:
+    """All that the host has to read of an outcome: small tensors on the device, which may be read later, and again.
+
+    ``peaks`` are the largest magnitudes of the value; ``residuals`` are the norms of the residuals and what they are
+    once converged, or nothing where they are not known.
+    """
+
+    evidence: Evidence
+    peaks: TensorList
+    residuals: TensorList
+
+    def tensors(self) -> TensorList:
+        return [*self.residuals, *self.peaks, *self.evidence.tensors()]
+
+    def verdict(self, caller: str, numbers: list[list[float]] | None = None) -> Verdict:
+        """How the solve ended, from the values of :meth:`tensors`, read here in one wait per device unless given."""
+        numbers = _lists.to_host(self.tensors()) if numbers is None else numbers
+        known = len(self.residuals)
+        largest = [value for (value,) in numbers[known : known + len(self.peaks)]]
+        finding = self.evidence.read(caller, numbers[known + len(self.peaks) :])
+        statuses = finding.statuses
+        if known:
+            statuses = [_weighed(*facts) for facts in zip(statuses, numbers[0], numbers[1], strict=True)]
+        if not all(map(math.isfinite, largest)):
+            statuses = [*statuses, Status.non_finite]
+        status = max(statuses, key=_WORST_LAST.index, default=Status.converged)
+        return Verdict(status, finding.explain(status))
+
+
+def testify(outcome: Outcome, residual: Tensor | None = None, tolerance: Tensor | None = None) -> Testimony:
+    """What there is to know of an outcome; nothing is waited for, and the value is not needed any more.
 
     ``residual`` holds the norms of the residuals where they are known, ``tolerance`` what they are once converged.
     """
-    peaks = _lists.max_abs(outcome.value)
     known = [] if residual is None or tolerance is None else [residual, tolerance]
-    evidence = outcome.evidence.tensors()
-    numbers = _lists.to_host([*known, *peaks, *evidence])
-    largest = [value for (value,) in numbers[len(known) : len(known) + len(peaks)]]
-    finding = outcome.evidence.read(caller, numbers[len(known) + len(peaks) :])
-    statuses = finding.statuses
-    if known:
-        statuses = [_weighed(*facts) for facts in zip(statuses, numbers[0], numbers[1], strict=True)]
-    if not all(map(math.isfinite, largest)):
-        statuses = [*statuses, Status.non_finite]
-    status = max(statuses, key=_WORST_LAST.index, default=Status.converged)
-    return Verdict(status, finding.explain(status))
+    return Testimony(outcome.evidence, _lists.max_abs(outcome.value), known)
+
+
+def judge(caller: str, outcome: Outcome, residual: Tensor | None = None, tolerance: Tensor | None = None) -> Verdict:
+    """Reads the evidence and the magnitude of the value, in one wait per device, and says how the solve ended.
+
+    The arguments are those of :func:`testify`.
+    """
+    return testify(outcome, residual, tolerance).verdict(caller)
 
 
 def _weighed(status: Status, residual: float, tolerance: float) -> Status:
