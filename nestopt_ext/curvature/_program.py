@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,12 +152,15 @@ class _Call:
     in_place: bool = False
 
 
-def compiled(log: Sequence[Entry], inputs: TensorList, outputs: TensorList) -> Program:
-    """The program that gives ``outputs`` for ``inputs``, and their image under the recorded map for other vectors."""
+def compiled(log: Sequence[Entry], inputs: TensorList, outputs: TensorList, *, bound: bool = False) -> Program:
+    """The program that gives ``outputs`` for ``inputs``, and their image under the recorded map for other vectors.
+
+    With ``bound`` the program is not given vectors, but reads the inputs where they lie, as they are when it is called.
+    """
     calls, values, older = _parsed(log, inputs)
     results = [values.get(id(t), t) for t in outputs]
     rewritten = _rewritten(_live(calls, results))
-    program = Program([values[id(t)] for t in inputs], _live(rewritten, results), results, older)
+    program = Program([values[id(t)] for t in inputs], _live(rewritten, results), results, older, bound)
     for call in (*calls, *rewritten):
         call.outs.clear()  # a value and its call are a cycle, which would keep the recorded tensors alive
     return program
@@ -354,10 +357,15 @@ class Program:
         calls: Sequence[_Call],
         results: Sequence[_Value | Tensor],
         older: TensorList,
+        bound: bool,
     ) -> None:
         self.num_bytes = 0
+        self._owned: TensorList = []
         self._versions = [(t, t._version) for t in older]
-        self._inputs = [self._allocated(value) for value in inputs]
+        if bound:
+            for given in inputs:
+                given.memory = given.like.detach()
+        self._inputs = [] if bound else [self._allocated(value) for value in inputs]
         self._steps: list[Step] = []
         last: dict[int, Step] = {}
         for call in calls:
@@ -385,7 +393,8 @@ class Program:
     def __call__(self, vector: TensorList) -> TensorList:
         """The image of a vector, in new memory."""
         with torch.no_grad():
-            torch._foreach_copy_(self._inputs, vector)
+            if self._inputs:
+                torch._foreach_copy_(self._inputs, vector)
             for function, args, kwargs in self._steps:
                 function(*args, **kwargs)
             return [function(*args, **kwargs) for function, args, kwargs in self._results]
@@ -394,8 +403,19 @@ class Program:
         """Whether no tensor from before the recording was changed since."""
         return not any(t._version != version for t, version in self._versions)
 
+    def constants(self) -> TensorList:
+        """The tensors beside the inputs that are read where they lie."""
+        owned = {t.untyped_storage()._cdata for t in self._owned}
+        found: dict[int, Tensor] = {}
+        for _, args, kwargs in (*self._steps, *self._results):
+            for tensor in _tensors((args, *kwargs.values())):
+                if tensor.untyped_storage()._cdata not in owned:
+                    found[id(tensor)] = tensor
+        return list(found.values())
+
     def _allocated(self, value: _Value) -> Tensor:
         memory = value.memory = torch.empty_like(value.like)
+        self._owned.append(memory)
         self.num_bytes += memory.numel() * memory.element_size()
         return memory
 
@@ -404,6 +424,16 @@ def _memory(arg: Any) -> Any:
     if isinstance(arg, _Value):
         return arg.memory
     return [_memory(part) for part in arg] if isinstance(arg, list) else arg
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+        elif isinstance(value, dict):
+            yield from _tensors(tuple(value.values()))
 
 
 def _into(buffers: Sequence[Tensor | None], func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:

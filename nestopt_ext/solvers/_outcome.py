@@ -131,15 +131,15 @@ def _weighed(status: Status, residual: float, tolerance: float) -> Status:
 def warn(caller: str, verdict: Verdict) -> None:
     """One RuntimeWarning, at the line outside the package that asked, if the result cannot be trusted."""
     if verdict.is_trouble:
-        warnings.warn(f"{caller}: {verdict.explanation}", RuntimeWarning, stacklevel=_caller_depth())
+        warnings.warn(f"{caller}: {verdict.explanation}", RuntimeWarning, stacklevel=caller_depth())
 
 
 def unfit_right_side(used: str) -> str:
     return f"v must be finite; got NaN or Inf, which the result keeps ({used}). Look for it in the outer gradient."
 
 
-def _caller_depth() -> int:
-    """The stack level, counted from :func:`warn`, of the first frame that is neither of this package nor of torch."""
+def caller_depth() -> int:
+    """The stack level, counted from whoever asks, of the first frame that is neither of this package nor of torch."""
     packages = (__name__.partition(".")[0], "torch")
     frame = sys._getframe(1)
     depth = 1
