@@ -100,7 +100,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._room -= result.numel() * result.element_size()
         if self._room < 0 or len(self.log) > _MOST_CALLS or not _is_fit(func) or not _are_plain(types):
             self.log.clear()  # what it holds may be large
-            raise Unfit  # here, since the rest of the product would be in vain
+            raise Unfit(str(func))  # here, since the rest of the product would be in vain
         return result
 
 

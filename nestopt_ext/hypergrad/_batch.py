@@ -83,6 +83,8 @@ def surroundings() -> Hashable:
         torch.backends.cudnn.enabled,
         torch.backends.cudnn.allow_tf32,
         torch.is_anomaly_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_default_dtype(),
     )
 
 

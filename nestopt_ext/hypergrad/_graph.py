@@ -49,34 +49,41 @@ class Draws:
     A hypergradient evaluates every loss from where the generators stand, and leaves them there. In a graph a generator
     can neither be read nor set, but the state that it draws from can be exchanged for another one that was registered
     with the graph. So each part has a copy of every generator's state, put where the generators stand before each
-    replay; the generators themselves are left alone.
+    replay. What draws outside of the parts, such as a power iteration, draws from the generators themselves, which are
+    put back behind the replay.
     """
 
     def __init__(self, generators: Sequence[torch.Generator], num_parts: int) -> None:
-        self._generators = list(generators)
-        self._copies = [[g.clone_state() for g in self._generators] for _ in range(num_parts)]
+        self.generators = list(generators)
+        self._copies = [[g.clone_state() for g in self.generators] for _ in range(num_parts)]
 
     def states(self) -> list[torch.Generator]:
-        """All copies, to be registered with a graph before it is captured."""
-        return [copy for part in self._copies for copy in part]
+        """The generators and all copies, to be registered with a graph before it is captured."""
+        return [*self.generators, *(copy for part in self._copies for copy in part)]
 
-    def rewind(self) -> None:
-        """Puts the copies where the generators stand."""
-        for generator, *copies in zip(self._generators, *self._copies, strict=True):
-            state = generator.get_state()
-            for copy in copies:
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Begins with the copies where the generators stand, and ends with the generators there."""
+        states = [generator.get_state() for generator in self.generators]
+        for part in self._copies:
+            for copy, state in zip(part, states, strict=True):
                 copy.set_state(state)
+        try:
+            yield
+        finally:
+            for generator, state in zip(self.generators, states, strict=True):
+                generator.set_state(state)
 
     @contextmanager
     def part(self, number: int) -> Iterator[None]:
         """While open, the generators draw from the copies of that part."""
-        own = [g.graphsafe_get_state() for g in self._generators]
+        own = [g.graphsafe_get_state() for g in self.generators]
         try:
-            for generator, copy in zip(self._generators, self._copies[number], strict=True):
+            for generator, copy in zip(self.generators, self._copies[number], strict=True):
                 generator.graphsafe_set_state(copy)
             yield
         finally:
-            for generator, state in zip(self._generators, own, strict=True):
+            for generator, state in zip(self.generators, own, strict=True):
                 generator.graphsafe_set_state(state)
 
 
@@ -107,13 +114,14 @@ class CudaGraph:
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
                 for _ in range(_WARM_UPS):
-                    self._draws.rewind()
-                    function()
+                    with self._draws.replaying():
+                        function()
             current.wait_stream(self._stream)
 
     def capture(self, function: Callable[[], Result]) -> Result:
-        (generator,) = generators_of(self._device)
-        intact = generator.clone_state()
+        # Those that the graph knows of, the global one among them in any case.
+        generators = generators_of(self._device, self._draws.generators)
+        intact = [generator.clone_state() for generator in generators]
         try:
             # Other threads, such as one that pins the memory of a data loader, may go on meanwhile.
             with (
@@ -122,8 +130,9 @@ class CudaGraph:
             ):
                 return function()
         except BaseException:
-            # A capture that failed leaves the state of the generator as if the capture went on.
-            generator.graphsafe_set_state(intact)
+            # A capture that failed leaves the states of the generators as if the capture went on.
+            for generator, state in zip(generators, intact, strict=True):
+                generator.graphsafe_set_state(state)
             raise
 
     @contextmanager
@@ -137,8 +146,8 @@ class CudaGraph:
                 self._done.record(current)
 
     def replay(self) -> None:
-        self._draws.rewind()
-        self._graph.replay()
+        with self._draws.replaying():
+            self._graph.replay()
 
 
 class Mailbox:

@@ -48,21 +48,29 @@ class Recorded:
         self._solver = task.solver
         self._reports = reports
         self._inputs, data = batch.staying()
-        recording = _Recording(task, data, self._inputs)
+        try:
+            self._set_up(_Recording(task, data, self._inputs), compile_product)
+        except Unrecordable as fault:
+            raise Unfit(
+                "a step cannot be recorded that draws random numbers, writes to older tensors, takes a shape or a number"
+                f" from values, or is too large{f' (at {fault})' if str(fault) else ''}"
+            ) from None
+
+    def _set_up(self, recording: _Recording, compile_product: bool) -> None:
+        product: Callable[[TensorList], TensorList]
         with torch.no_grad():
             if compile_product:
                 product, constants = _by_inductor(recording), recording.outside(recording.product)
             else:
-                program = recording.program(recording.product, recording.v, recording.products)
-                product, constants = program, program.constants()
+                product = recording.program(recording.product, recording.v, recording.products)
+                constants = product.constants()
             self._mixed = recording.program(recording.mixed, recording.u, recording.mixed_products)
             self._refilled = recording.bases([*constants, *self._mixed.constants()])
             self._gradients = recording.up_to([*self._refilled, *recording.outer_grads])
         self._in_params, self._in_hparams = recording.in_params, recording.in_hparams
         self._in_mixed = recording.in_mixed
-        _, structure = _lists.flatten(variables.caller, "params", recording.v)
-        self._structure = structure
-        self._matrix = _Matrix(product, variables.params, structure)
+        _, self._structure = _lists.flatten(self._variables.caller, "params", recording.v)
+        self._matrix = _Matrix(product, self._variables.params, self._structure)
 
     def step(self, batch: Batch, number: int) -> tuple[Tensor, ...]:
         """The hypergradient in new memory."""
@@ -129,19 +137,13 @@ class _Recording:
         inner, outer = data
         self.v, self.u = _random(params, 0), _random(params, 1)
         recorder = Recorder(_MOST_BYTES)
-        try:
-            with preserved_rng(), recorder:
-                _, in_params, in_hparams = outer_gradients(caller, lambda: task.outer_loss(*outer), variables)
-                gradient = Gradient(caller, "inner_loss", lambda: task.inner_loss(*inner), params)
-                begin = len(recorder.log)
-                self.products = gradient.product(self.v)
-                middle = len(recorder.log)
-                mixed = gradient.mixed(hparams, self.u)
-        except Unrecordable:
-            raise Unfit(
-                "a loss calls an operator that cannot be recorded: one that draws random numbers, writes in place or"
-                " reads a value, or too many or too large ones"
-            ) from None
+        with preserved_rng(), recorder:
+            _, in_params, in_hparams = outer_gradients(caller, lambda: task.outer_loss(*outer), variables)
+            gradient = Gradient(caller, "inner_loss", lambda: task.inner_loss(*inner), params)
+            begin = len(recorder.log)
+            self.products = gradient.product(self.v)
+            middle = len(recorder.log)
+            mixed = gradient.mixed(hparams, self.u)
         self.in_params, self.in_hparams, self.in_mixed = (
             [t is not None for t in g] for g in (in_params, in_hparams, mixed)
         )
@@ -278,7 +280,7 @@ def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _memory_key(tensor: Tensor) -> tuple[Any, ...]:

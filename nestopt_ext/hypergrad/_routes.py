@@ -68,7 +68,7 @@ class Task:
 
 
 class Reports:
-    """What became known of the solves: the status of the latest one, and a warning for each that is not to be trusted."""
+    """What became known of the solves: the status of the latest one, and a warning for each that is in trouble."""
 
     def __init__(self, caller: str) -> None:
         self.status: Status | None = None

@@ -45,10 +45,10 @@ class CapturedHypergradient:
     - "compiled": as recorded, with the product made by ``torch.compile``: takes a C++ compiler and up to minutes.
 
     "auto" captures on CUDA; on the CPU it times "eager" and "recorded" on the first data and keeps the faster one. A
-    mode that cannot be had gives way to "eager", with the reason in ``reason`` and on CUDA one UserWarning; asked for by
-    name, it raises RuntimeError with the reason: a loss or solver in which the host reads a value of the device
+    mode that cannot be had gives way to "eager", with the reason in ``reason`` and on CUDA one UserWarning; asked for
+    by name, it raises RuntimeError with the reason: a loss or solver in which the host reads a value of the device
     (``.item()``, ``ConjugateGradient(check_every=1)``), random numbers drawn on the CPU, tensors on several devices,
-    ``alpha="auto"`` on CUDA, whatever CUDA refuses to capture.
+    and whatever else CUDA refuses to capture.
 
     **What is run again is what PyTorch computed.** Python code of the losses runs when a step is set up and not after:
     a counter, a schedule, the training mode of a module and what NumPy computes stay as they were; call :meth:`reset`
