@@ -42,6 +42,10 @@ class Evaluation:
         loss: Tensor = self.value
         return loss
 
+    def wrote(self) -> bool:
+        """Whether older tensors would hold other values now, had their writing not been undone."""
+        return not all(map(torch.equal, self._regions, self._written))
+
     def differentiating(self) -> AbstractContextManager[None]:
         """While open, tensors hold what the graph saw when it was built; afterwards, what they held on entry."""
         return self._restored() if self._regions else nullcontext()

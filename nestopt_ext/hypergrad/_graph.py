@@ -90,7 +90,12 @@ class Draws:
 def generators_of(device: torch.device, own: Sequence[torch.Generator] = ()) -> list[torch.Generator]:
     """The global generator of a device, and those of a caller that are not the same."""
     default = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
-    return [default, *(generator for generator in own if generator is not default)]
+    # Not by identity: an operator is handed another object for the same generator.
+    return [default, *(generator for generator in own if _address(generator) != _address(default))]
+
+
+def _address(generator: torch.Generator) -> int:
+    return int(generator._cdata)  # type: ignore[attr-defined]
 
 
 class CudaGraph:

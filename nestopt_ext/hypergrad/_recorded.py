@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import _lists
 from .._operator import LinearOperator
 from .._types import TensorList
-from ..curvature._evaluation import preserved_rng
+from ..curvature._evaluation import observe
 from ..curvature._gradient import Gradient
 from ..curvature._program import Entry, Program, Recorder, compiled
 from ..curvature._program import Unfit as Unrecordable
@@ -52,8 +52,8 @@ class Recorded:
             self._set_up(_Recording(task, data, self._inputs), compile_product)
         except Unrecordable as fault:
             raise Unfit(
-                "a step cannot be recorded that draws random numbers, writes to older tensors, takes a shape or a number"
-                f" from values, or is too large{f' (at {fault})' if str(fault) else ''}"
+                "a step cannot be recorded that draws random numbers, writes to older tensors, takes a shape or a"
+                f" number from values, or is too large{f' (at {fault})' if str(fault) else ''}"
             ) from None
 
     def _set_up(self, recording: _Recording, compile_product: bool) -> None:
@@ -137,24 +137,32 @@ class _Recording:
         inner, outer = data
         self.v, self.u = _random(params, 0), _random(params, 1)
         recorder = Recorder(_MOST_BYTES)
-        with preserved_rng(), recorder:
-            _, in_params, in_hparams = outer_gradients(caller, lambda: task.outer_loss(*outer), variables)
-            gradient = Gradient(caller, "inner_loss", lambda: task.inner_loss(*inner), params)
-            begin = len(recorder.log)
-            self.products = gradient.product(self.v)
-            middle = len(recorder.log)
-            mixed = gradient.mixed(hparams, self.u)
+
+        def record() -> Any:
+            with recorder:
+                _, in_params, in_hparams = outer_gradients(caller, task.outer_loss(*outer), variables)
+                gradient = Gradient(caller, "inner_loss", task.inner_loss(*inner), params)
+                begin = len(recorder.log)
+                products = gradient.product(self.v)
+                middle = len(recorder.log)
+                return in_params, in_hparams, products, gradient.mixed(hparams, self.u), begin, middle
+
+        found = observe(record)
+        if found.wrote():  # batch normalization in training does, and its operator does not say so
+            raise Unrecordable
+        in_params, in_hparams, self.products, mixed, begin, middle = found.value
         self.in_params, self.in_hparams, self.in_mixed = (
             [t is not None for t in g] for g in (in_params, in_hparams, mixed)
         )
         begins = [*params, *hparams, *inputs, *self.v, *self.u]
         names = _Names(begins)
-        log = names.resolved(recorder.log)
+        before, self.product, self.mixed = (
+            names.resolved(part) for part in (recorder.log[:begin], recorder.log[begin:middle], recorder.log[middle:])
+        )
         self.outer_grads = [names.of(g) for g in (*in_params, *in_hparams) if g is not None]
         self.products = [names.of(g) for g in self.products]
         self.mixed_products = [names.of(g) for g in mixed if g is not None]
-        self.product, self.mixed = log[begin:middle], log[middle:]
-        self._log = log
+        self._log = [*before, *self.product, *self.mixed]
         self._begins = [*begins, *names.older.values()]
 
     def program(self, log: list[Entry], inputs: TensorList, outputs: TensorList) -> Program:
@@ -201,6 +209,8 @@ class _Names:
     def resolved(self, log: Sequence[Entry]) -> list[Entry]:
         entries = []
         for func, args, kwargs, result in log:
+            if func is torch.ops.aten.lift_fresh.default:
+                continue  # returns its argument
             args = self._replaced(args)
             kwargs = {key: self._replaced(arg) for key, arg in kwargs.items()}
             for tensor in _tensors((result,)):
