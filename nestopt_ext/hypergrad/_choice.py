@@ -45,10 +45,14 @@ class Setup:
         self._asked = asked
         self._eager = Eager(task, reports)
         self._route: Route | None = None
+        self._tried: CaptureMode = "cuda-graph"
         self._unchecked = 0 if asked == "eager" else _CHECKED
 
     def step(self, batch: Batch, number: int) -> tuple[Tensor, ...]:
         """The hypergradient; the first time the way is chosen."""
+        if self._route is not None and not self._route.holds():
+            self._route.settle()
+            self._route, self._unchecked = None, _CHECKED
         if self._unchecked == 0:
             return (self._route or self._eager).step(batch, number)
         expected = self._task.gradient(batch.arguments())  # what is wrong with the losses is said here
@@ -78,6 +82,7 @@ class Setup:
         mode = self._asked
         if mode == "auto":
             mode = "recorded" if device.type == "cpu" and "cpu" not in GRAPHS else "cuda-graph"
+        self._tried = mode
         try:
             route: Route
             if mode == "cuda-graph":
@@ -92,7 +97,11 @@ class Setup:
             raise
         except Exception as error:  # the eager step was fine, so this is about the way it is taken
             text = " ".join(str(error).split())
-            raise Unfit(f"setting it up raised {type(error).__name__}: {text[:300]}") from error
+            hint = ""
+            if mode == "cuda-graph":
+                # Autograd makes the stream on which that graph was built wait for the one that is captured.
+                hint = " (a loss from before that is still referenced keeps a graph of the params alive: delete it)"
+            raise Unfit(f"setting it up raised {type(error).__name__}: {text[:300]}{hint}") from error
         self.mode = mode
         return route
 
@@ -110,7 +119,6 @@ class Setup:
         self._unchecked -= 1
 
     def _give_up(self, reason: str) -> None:
-        mode = "cuda-graph" if self.mode == "eager" and self._asked == "auto" else self.mode
         self._route, self.mode, self._unchecked = None, "eager", 0
         self.reason = reason
         if self._asked != "auto":
@@ -118,7 +126,7 @@ class Setup:
                 f"{self._caller}: mode={self._asked!r} must be open to these losses and tensors; got: {reason}. Use"
                 " mode='auto' or mode='eager'."
             )
-        if mode == "cuda-graph":
+        if self._tried == "cuda-graph":
             self.notice = f"steps are not captured: {reason}. They are taken as hypergradient does."
 
     def _race(self, batch: Batch, number: int) -> None:

@@ -171,7 +171,7 @@ class Mailbox:
 
     def post(self, label: int, numbers: Tensor) -> list[tuple[int, list[float]]]:
         """Sends a row off, and returns the one that had to make room, if any."""
-        pushed = [self._take()] if len(self._labels) == len(self._rows) else []
+        pushed = [self._wait()] if len(self._labels) == len(self._rows) else []
         self._rows[self._next].copy_(numbers, non_blocking=True)
         if self._events:
             self._events[self._next].record(torch.cuda.current_stream(numbers.device))
@@ -188,7 +188,7 @@ class Mailbox:
 
     def all(self) -> list[tuple[int, list[float]]]:
         """The rows that are on the way, waited for."""
-        return [self._take() for _ in range(len(self._labels))]
+        return [self._wait() for _ in range(len(self._labels))]
 
     def _oldest(self) -> int:
         return (self._next - len(self._labels)) % len(self._rows)
@@ -196,9 +196,11 @@ class Mailbox:
     def _is_there(self, row: int) -> bool:
         return not self._events or bool(self._events[row].query())  # type: ignore[no-untyped-call]
 
-    def _take(self) -> tuple[int, list[float]]:
-        row = self._oldest()
+    def _wait(self) -> tuple[int, list[float]]:
         if self._events:
-            self._events[row].synchronize()
-        numbers: list[float] = self._rows[row].tolist()
+            self._events[self._oldest()].synchronize()
+        return self._take()
+
+    def _take(self) -> tuple[int, list[float]]:
+        numbers: list[float] = self._rows[self._oldest()].tolist()
         return self._labels.pop(0), numbers

@@ -100,6 +100,10 @@ class Route(Protocol):
         """The hypergradient in new memory; reports on the solve now or later."""
         ...
 
+    def holds(self) -> bool:
+        """Whether nothing has changed that was taken for a constant."""
+        ...
+
     def settle(self) -> None:
         """Reports on all solves that are not yet reported."""
         ...
@@ -116,6 +120,10 @@ class Eager:
         found = self._task.gradient(batch.arguments())
         self._reports.take(None if found.solve is None else found.solve.verdict)
         return found.grads
+
+    def holds(self) -> bool:
+        """Nothing was taken for a constant."""
+        return True
 
     def settle(self) -> None:
         """Nothing is late."""
@@ -134,6 +142,7 @@ class Captured:
         if seen.reason is not None:
             raise Unfit(seen.reason)
         self._alive = list(seen.read.values())  # the graph knows their addresses only
+        self._on_host = [(t, t._version) for t in self._alive if t.device != device]
         self._inputs, data = batch.staying()
         graph = self._graph = make_graph(device, generators_of(device, seen.generators) if seen.draws else [])
 
@@ -160,6 +169,10 @@ class Captured:
                 self._reports.take(None)
         self._read(late)
         return tuple(grads)
+
+    def holds(self) -> bool:
+        """Whether tensors on the host, which a replay does not look at, still say what they said."""
+        return all(t._version == version for t, version in self._on_host)
 
     def settle(self) -> None:
         self._read([] if self._mailbox is None else self._mailbox.all())
