@@ -65,7 +65,7 @@ class Setup:
             self._hold(found, expected)
         except Unfit as fault:
             self._give_up(str(fault))
-        self._reports.take(None if expected.solve is None else expected.solve.verdict)
+        self._reports.take(None if expected.solve is None else expected.solve.verdict, number)
         if self._route is not None and self._asked == "auto" and self.mode == "recorded" and not self.timings:
             self._race(batch, number)
         return expected.grads

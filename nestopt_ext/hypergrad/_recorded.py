@@ -94,7 +94,7 @@ class Recorded:
                 response = [next(mixed) if used else None for used in self._in_mixed]
                 verdict = inverse.verdict
             grads = tuple(map(difference, direct, response, hparams))
-        self._reports.take(verdict)
+        self._reports.take(verdict, number)
         return grads
 
     def holds(self) -> bool:

@@ -73,6 +73,7 @@ class Reports:
     def __init__(self, caller: str) -> None:
         self.status: Status | None = None
         self._caller = caller
+        self._latest = 0
         self._muted = False
 
     @contextmanager
@@ -84,13 +85,15 @@ class Reports:
         finally:
             self._muted = False
 
-    def take(self, verdict: Verdict | None, late_for: int | None = None) -> None:
-        """The next one; None where there was nothing to solve. ``late_for`` is the step, where that is over."""
+    def take(self, verdict: Verdict | None, number: int, *, late: bool = False) -> None:
+        """That of step ``number``, None where there was nothing to solve; a late one is heard of after its step."""
         if self._muted:
             return
-        self.status = None if verdict is None else verdict.status
+        if number >= self._latest:
+            self._latest = number
+            self.status = None if verdict is None else verdict.status
         if verdict is not None:
-            warn(self._caller if late_for is None else f"{self._caller} (step {late_for})", verdict)
+            warn(f"{self._caller} (step {number})" if late else self._caller, verdict)
 
 
 class Route(Protocol):
@@ -118,7 +121,7 @@ class Eager:
 
     def step(self, batch: Batch, number: int) -> tuple[Tensor, ...]:
         found = self._task.gradient(batch.arguments())
-        self._reports.take(None if found.solve is None else found.solve.verdict)
+        self._reports.take(None if found.solve is None else found.solve.verdict, number)
         return found.grads
 
     def holds(self) -> bool:
@@ -166,7 +169,7 @@ class Captured:
             if self._mailbox is not None and self._evidence is not None:
                 late += self._mailbox.post(number, self._evidence.packed)
             else:
-                self._reports.take(None)
+                self._reports.take(None, number)
         self._read(late)
         return tuple(grads)
 
@@ -180,7 +183,7 @@ class Captured:
     def _read(self, rows: list[tuple[int, list[float]]]) -> None:
         if self._evidence is not None:
             for number, row in rows:
-                self._reports.take(self._evidence.verdict(self._caller, row), late_for=number)
+                self._reports.take(self._evidence.verdict(self._caller, row), number, late=True)
 
 
 class _Evidence:
