@@ -304,6 +304,105 @@ def test_random_numbers_are_those_of_hypergradient(graphs):
         problem.captured(mode="recorded").step(*problem.data(0))
 
 
+# ---- operators -------------------------------------------------------------------------------------------------------
+
+
+def written_in_part(x, w, h):
+    z = x @ w
+    z[:, :2].mul_(h[:2])
+    return (z**3).sum()
+
+
+def written_whole(x, w, h):
+    return ((x @ w).add_(h).mul_(2).tanh_() ** 2).sum()
+
+
+def recurrent(x, w, h):
+    s = torch.zeros(len(x), 4, dtype=F64)
+    for _ in range(3):
+        s = torch.tanh(x @ w + s * h) * torch.sigmoid(s + h)
+    return s.square().sum()
+
+
+def of_a_gradient(x, w, h):
+    (g,) = torch.autograd.grad((x @ w).pow(3).sum(), w, create_graph=True)
+    return (g * h).square().sum()
+
+
+def in_pieces(x, w, h):
+    a, b = (x @ w).chunk(2, -1)
+    return (torch.cat([a.sigmoid() * b, b], -1) * h).square().mean()
+
+
+def of_a_factor(x, w, h):
+    factor = torch.linalg.cholesky(w.T @ w + torch.diag(h.exp()))
+    return factor.diagonal().log().sum() + (factor @ h).square().sum()
+
+
+#: Inner losses of x [n, 5], w [5, 4] and h [4].
+LOSSES = {
+    "written whole": written_whole,
+    "recurrent": recurrent,
+    "gradient": of_a_gradient,
+    "pieces": in_pieces,
+    "factor": of_a_factor,
+    "stack": lambda x, w, h: torch.stack([(x @ w * h[i]).sin() for i in range(3)]).logsumexp(0).sum(),
+    "where": lambda x, w, h: torch.where(x @ w > 0, (x @ w) * h.exp(), (x @ w) ** 2).mean(),
+    "einsum": lambda x, w, h: torch.einsum("ni,ij,nk,kj,j->n", x, w, x, w, h).mean(),
+    "sort": lambda x, w, h: ((x @ w).sort(1)[0] * h).square().sum() + ((x @ w).topk(2, 1)[0] * h[:2]).exp().sum(),
+    "conv": lambda x, w, h: F.conv1d(x.reshape(2, 1, -1), w.reshape(2, 1, -1)[..., :3], h[:2]).relu().square().sum(),
+    "gather": lambda x, w, h: (w.gather(0, torch.zeros(1, 4, dtype=torch.long)).expand(3, 4) * h).pow(3).sum(),
+    "dtypes": lambda x, w, h: ((x.float() @ w.float()).tanh().double() * h).square().sum(),
+    "units": lambda x, w, h: (F.elu(x @ w) * h + F.leaky_relu(x @ w) + F.softplus(x @ w, 2.0)).square().sum(),
+    "windows": lambda x, w, h: (w.repeat(2, 1).T.reshape(-1).unfold(0, 3, 2) * h[:3]).square().sum(),
+    "moments": lambda x, w, h: ((x @ w).var(0) * h).sum() + (x @ w).flip(0).roll(1, 1).mul(h).mean(),
+    "pools": lambda x, w, h: F.max_pool1d((F.pad(x @ w, (1, 1)) * h.sum()).unsqueeze(0), 2).square().sum(),
+    "products": lambda x, w, h: torch.bmm((x @ w).reshape(2, -1, 4), (x @ w * h).reshape(2, -1, 4).mT).exp().sum(),
+    "linear": lambda x, w, h: (x @ w * h).sum(),
+    "constants": lambda x, w, h: (w * torch.tensor([1.0, 2, 3, 4], dtype=F64)).square().sum() * h.sum() + w.sum() ** 2,
+    "normed": lambda x, w, h: F.layer_norm(x @ w, (4,), h, 2 * h).pow(3).sum(),
+    "smoothed": lambda x, w, h: F.cross_entropy(x @ w * h.exp(), torch.arange(8) % 4, label_smoothing=0.1),
+    "matrices": lambda x, w, h: torch.matrix_exp(w.T @ w / 10).sum() * h.sum() + torch.linalg.inv(w.T @ w + 1).sum(),
+}
+REFUSED = {
+    "written in part": written_in_part,
+    "clamped": lambda x, w, h: ((x @ w).clamp(-1, 1).amax(1) * h.sum()).square().mean(),
+    "scattered": lambda x, w, h: (w.cumsum(0) * h).prod(1).sum(),
+    "indexed": lambda x, w, h: (w[torch.tensor([0, 1, 0])] * h).square().sum(),
+    "noisy": lambda x, w, h: (F.dropout(x @ w) * h).square().sum(),
+}
+
+
+@pytest.mark.parametrize("kind", ["recorded", "cuda-graph"])
+@pytest.mark.parametrize("name", [*LOSSES, *REFUSED])
+def test_operators_are_right_or_refused(graphs, kind, name):
+    inner = (LOSSES | REFUSED)[name]
+    w = torch.randn(5, 4, dtype=F64).mul_(0.5).requires_grad_()
+    h = (torch.rand(4, dtype=F64) + 0.5).requires_grad_()
+    solver = Neumann(5, 0.001)
+
+    def outer(x):
+        return (x @ w).tanh().square().sum() + h.square().sum()
+
+    captured = CapturedHypergradient(outer, lambda x: inner(x, w, h), w, h, solver=solver, mode=kind)
+    for _ in range(4):
+        x = torch.randn(8, 5, dtype=F64)
+        if kind == "recorded" and name in REFUSED:
+            with pytest.raises(RuntimeError, match="a step cannot be recorded"):
+                captured.step(x, x)
+            return
+        found = captured.step(x, x)
+        # Numbers in float32 differ by its rounding, which is all that the sums have in common.
+        assert_close(
+            found,
+            hypergradient(lambda x=x: outer(x), lambda x=x: inner(x, w, h), w, h, solver=solver),
+            1e10 if name == "dtypes" else 1e3,
+        )
+        with torch.no_grad():
+            w.add_(torch.randn_like(w), alpha=0.05)
+            h.add_(0.02)
+
+
 # ---- set-ups ---------------------------------------------------------------------------------------------------------
 
 

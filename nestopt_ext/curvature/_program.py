@@ -51,7 +51,7 @@ _OUT: dict[int, Callable[..., Any]] = {
     id(_ADDCMUL): torch.addcmul,
 }
 
-#: What autograd does in place to what it has just made, as new values.
+#: What autograd, and modules told to, do in place to what was just made, as new values.
 _IN_PLACE: dict[int, Any] = {
     id(f): g
     for f, g in (
@@ -62,6 +62,11 @@ _IN_PLACE: dict[int, Any] = {
         (_aten.div_.Tensor, _aten.div.Tensor),
         (_aten.div_.Scalar, _aten.div.Scalar),
         (_aten.neg_.default, _NEG),
+        (_aten.relu_.default, _aten.relu.default),
+        (_aten.tanh_.default, _aten.tanh.default),
+        (_aten.sigmoid_.default, _aten.sigmoid.default),
+        (_aten.masked_fill_.Scalar, _aten.masked_fill.Scalar),
+        (_aten.logical_and_.default, _aten.logical_and.default),
     )
 }
 #: Draws random numbers; gives a number, or a shape, that depends on values.
