@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from helpers import Memory, all_same_bits
 from torch import nn
 
-from nestopt_ext.curvature import GaussNewton
+from nestopt_ext.curvature import Diagonal, GaussNewton
+from nestopt_ext.curvature._program import Recorder, compiled
+from nestopt_ext.curvature._program import Unfit as Unrecordable
 from nestopt_ext.hypergrad import CapturedHypergradient, _choice, _graph, _recorded, _routes, hypergradient
 from nestopt_ext.hypergrad._inspection import Inspection
 from nestopt_ext.solvers import ConjugateGradient, Exact, Identity, Neumann, Status
@@ -265,7 +267,7 @@ def test_data_of_any_structure():
 def test_a_curvature_is_made_from_the_inner_data(graphs):
     problem = Problem()
     make = lambda x, y: GaussNewton(problem.model, nn.CrossEntropyLoss(), x, y) + 0.1 * identity  # noqa: E731
-    identity = nx_diagonal(problem.params)
+    identity = Diagonal([torch.ones_like(p) for p in problem.params], problem.params)
     captured = problem.captured(mode="cuda-graph", curvature=make)
     for seed in range(3):
         inner, outer = problem.data(seed)
@@ -275,12 +277,6 @@ def test_a_curvature_is_made_from_the_inner_data(graphs):
     assert recorded.mode is None and recorded.timings == {}
     with pytest.raises(RuntimeError, match="the curvature is the caller's own"):
         problem.captured(curvature=make, mode="recorded").step(inner, outer)
-
-
-def nx_diagonal(params):
-    from nestopt_ext.curvature import Diagonal
-
-    return Diagonal([torch.ones_like(p) for p in params], params)
 
 
 def test_random_numbers_are_those_of_hypergradient(graphs):
@@ -360,13 +356,14 @@ LOSSES = {
     "products": lambda x, w, h: torch.bmm((x @ w).reshape(2, -1, 4), (x @ w * h).reshape(2, -1, 4).mT).exp().sum(),
     "linear": lambda x, w, h: (x @ w * h).sum(),
     "constants": lambda x, w, h: (w * torch.tensor([1.0, 2, 3, 4], dtype=F64)).square().sum() * h.sum() + w.sum() ** 2,
+    "clamped": lambda x, w, h: ((x @ w).clamp(-1, 1).amax(1) * h.sum()).square().mean(),
+    "unit length": lambda x, w, h: (w / w.norm() * h).exp().sum(),
     "normed": lambda x, w, h: F.layer_norm(x @ w, (4,), h, 2 * h).pow(3).sum(),
     "smoothed": lambda x, w, h: F.cross_entropy(x @ w * h.exp(), torch.arange(8) % 4, label_smoothing=0.1),
     "matrices": lambda x, w, h: torch.matrix_exp(w.T @ w / 10).sum() * h.sum() + torch.linalg.inv(w.T @ w + 1).sum(),
 }
 REFUSED = {
     "written in part": written_in_part,
-    "clamped": lambda x, w, h: ((x @ w).clamp(-1, 1).amax(1) * h.sum()).square().mean(),
     "scattered": lambda x, w, h: (w.cumsum(0) * h).prod(1).sum(),
     "indexed": lambda x, w, h: (w[torch.tensor([0, 1, 0])] * h).square().sum(),
     "noisy": lambda x, w, h: (F.dropout(x @ w) * h).square().sum(),
@@ -401,6 +398,23 @@ def test_operators_are_right_or_refused(graphs, kind, name):
         with torch.no_grad():
             w.add_(torch.randn_like(w), alpha=0.05)
             h.add_(0.02)
+
+
+def test_a_constant_that_is_written_after_it_was_read_is_no_constant():
+    a, v = torch.arange(3.0), torch.ones(3)
+    for read_before in (False, True):
+        recorder = Recorder(2**20)
+        with recorder:
+            constant = a * 2
+            first = v * constant if read_before else v * a
+            constant.add_(1)
+            found = first + v * constant
+        if read_before:
+            with pytest.raises(Unrecordable):
+                compiled(recorder.log, [v], [found])
+        else:
+            program = compiled(recorder.log, [v], [found])
+            assert torch.equal(program([2 * v])[0], 2 * (a + 2 * a + 1))
 
 
 # ---- set-ups ---------------------------------------------------------------------------------------------------------

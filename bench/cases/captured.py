@@ -53,6 +53,7 @@ def _build(make: Callable[[Setting, int], Problem], num_terms: int, setting: Set
 
 
 _PROBLEMS: dict[str, tuple[str, Callable[[Setting, int], Problem]]] = {
+    "logistic": ("logistic regression, 784-10", dense_problem(784, 10)),
     "mlp": ("an MLP 64-64-10", dense_problem(64, 64, 10)),
     "deep-mlp": ("an MLP of 7 layers of 16", dense_problem(20, 16, 16, 16, 16, 16, 16, 10)),
     "cnn": ("three convolutions on 32x32 images", cnn_problem),

@@ -187,6 +187,8 @@ def _parsed(log: Sequence[Entry], inputs: TensorList) -> tuple[list[_Call], dict
         outs = result if isinstance(result, list | tuple) else [result]
         if id(func) in _IN_PLACE:
             value = values.get(id(result))
+            if value is None and not given and id(result) in made and not _is_read(result, calls):
+                continue  # a constant that is finished before anything is made of it
             if value is None or value.shared:
                 raise Unfit
             call = _Call(_IN_PLACE[id(func)], args, kwargs, given)
@@ -227,6 +229,12 @@ def _replaced(
     elif isinstance(arg, list | tuple) and any(isinstance(part, Tensor) for part in arg):
         return [_replaced(part, values, made, older, given) for part in arg]
     return arg
+
+
+def _is_read(tensor: Tensor, calls: Sequence[_Call]) -> bool:
+    """Whether a call takes a constant that lies in the memory of ``tensor``."""
+    memory = tensor.untyped_storage()._cdata
+    return any(t.untyped_storage()._cdata == memory for c in calls for t in _tensors((c.args, *c.kwargs.values())))
 
 
 def _added_zero(args: Sequence[Any], value: _Value, result: Tensor, zeros: set[int]) -> bool:
