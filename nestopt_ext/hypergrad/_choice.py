@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -50,6 +50,8 @@ class Setup:
 
     def step(self, batch: Batch, number: int) -> tuple[Tensor, ...]:
         """The hypergradient; the first time the way is chosen."""
+        if self.reason is not None and self._asked != "auto":
+            self._refuse()
         if self._route is not None and not self._route.holds():
             self._route.settle()
             self._route, self._unchecked = None, _CHECKED
@@ -122,12 +124,15 @@ class Setup:
         self._route, self.mode, self._unchecked = None, "eager", 0
         self.reason = reason
         if self._asked != "auto":
-            raise RuntimeError(
-                f"{self._caller}: mode={self._asked!r} must be open to these losses and tensors; got: {reason}. Use"
-                " mode='auto' or mode='eager'."
-            )
+            self._refuse()
         if self._tried == "cuda-graph":
             self.notice = f"steps are not captured: {reason}. They are taken as hypergradient does."
+
+    def _refuse(self) -> NoReturn:
+        raise RuntimeError(
+            f"{self._caller}: mode={self._asked!r} must be open to these losses and tensors; got: {self.reason}. Use"
+            " mode='auto' or mode='eager'."
+        )
 
     def _race(self, batch: Batch, number: int) -> None:
         """Times the ways in turns, and keeps the faster one."""
