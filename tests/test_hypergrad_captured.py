@@ -2,7 +2,8 @@
 
 import gc
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -709,6 +710,11 @@ def test_the_next_step_speaks_of_the_one_before(graphs):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert captured.check() is Status.max_terms
+        for _ in range(2):
+            captured.step(ones(9.0), ())
+            with pytest.raises(RuntimeWarning, match="diverges"):
+                captured.check()
+        assert captured.check() is Status.diverged
 
 
 def test_what_is_on_its_way_is_read_before_it_is_lost(graphs, monkeypatch):
@@ -751,6 +757,7 @@ class Generator:
 
     def __init__(self, cell):
         self.cell = cell
+        self._cdata = id(self)
 
     def clone_state(self):
         return Generator(list(self.cell))
@@ -790,6 +797,88 @@ def test_every_part_draws_from_where_the_generators_stand():
         first.draw()
         raise ZeroDivisionError
     assert first.cell is cells[0] and first.get_state() == 100
+
+
+class Cuda:
+    """What CudaGraph asks of torch.cuda, and what was asked, in order."""
+
+    def __init__(self, fails=False):
+        self.log, self.fails = [], fails
+        self.default_generators = [Generator([7])]
+
+    def note(self, *what):
+        self.log.append(what)
+
+    def CUDAGraph(self):
+        made = SimpleNamespace(replay=lambda: self.note("replay"))
+        made.register_generator_state = lambda state: self.note("register", state.get_state())
+        return made
+
+    def Stream(self, device):
+        return self.stream_named("side")
+
+    def Event(self):
+        return SimpleNamespace(record=lambda stream: self.note("record", stream.name))
+
+    def stream_named(self, name):
+        stream = SimpleNamespace(name=name, wait_event=lambda event: self.note(name, "waits for the turn before"))
+        stream.wait_stream = lambda other: self.note(name, "waits for", other.name)
+        return stream
+
+    def current_stream(self):
+        return self.stream_named("current")
+
+    def device(self, device):
+        return nullcontext()
+
+    def stream(self, stream):
+        return nullcontext()
+
+    @contextmanager
+    def graph(self, graph, *, stream, capture_error_mode):
+        self.note("capture", stream.name, capture_error_mode)
+        yield
+        if self.fails:
+            self.default_generators[0].cell[0] = "spoilt"
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.note("captured")
+
+
+def test_a_graph_is_warmed_up_captured_and_replayed_in_order(monkeypatch):
+    cuda = Cuda()
+    monkeypatch.setattr(_graph.torch, "cuda", cuda)
+    own = Generator([3])
+    graph = _graph.CudaGraph(torch.device("cuda", 0), [cuda.default_generators[0], own], 2)
+    assert sorted(what[1] for what in cuda.log) == [3, 3, 3, 7, 7, 7], "the generators, and a copy for each part"
+    cuda.log.clear()
+
+    def function():
+        with graph.part(1):
+            cuda.note("run", own.draw())
+        return "result"
+
+    graph.warm_up(function)
+    assert graph.capture(function) == "result"
+    runs = [("run", 4)] * 2
+    assert cuda.log[:4] == [("side", "waits for", "current"), *runs, ("current", "waits for", "side")]
+    assert cuda.log[4] == ("capture", "side", "thread_local") and cuda.log[-1] == ("captured",)
+    cuda.log.clear()
+    with graph.turn():
+        cuda.note("copy in")
+        graph.replay()
+        cuda.note("copy out")
+    begins, ends = ("current", "waits for the turn before"), ("record", "current")
+    assert cuda.log == [begins, ("copy in",), ("replay",), ("copy out",), ends]
+    assert own.get_state() == 3 and cuda.default_generators[0].get_state() == 7
+
+
+def test_a_capture_that_fails_leaves_the_generators_fit_for_use(monkeypatch):
+    cuda = Cuda(fails=True)
+    monkeypatch.setattr(_graph.torch, "cuda", cuda)
+    graph = _graph.CudaGraph(torch.device("cuda", 0), [], 2)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        graph.capture(lambda: None)
+    assert cuda.default_generators[0].get_state() == 7
 
 
 def test_inspection_names_generators_and_holds_what_is_read():

@@ -144,7 +144,9 @@ class Captured:
             task.gradient(batch.arguments())
         if seen.reason is not None:
             raise Unfit(seen.reason)
-        self._alive = list(seen.read.values())  # the graph knows their addresses only
+        handed = {t.data_ptr() for t in batch.tensors}
+        # The graph knows their addresses only.
+        self._alive = [t for t in seen.read.values() if t.data_ptr() not in handed]
         self._on_host = [(t, t._version) for t in self._alive if t.device != device]
         self._inputs, data = batch.staying()
         graph = self._graph = make_graph(device, generators_of(device, seen.generators) if seen.draws else [])
@@ -158,6 +160,7 @@ class Captured:
         self._reports = reports
         self._caller = task.variables.caller
         self._mailbox = None if self._evidence is None else Mailbox(device, len(self._evidence.packed))
+        self._unread: list[tuple[int, list[float]]] = []
 
     def step(self, batch: Batch, number: int) -> tuple[Tensor, ...]:
         late = [] if self._mailbox is None else self._mailbox.arrived()
@@ -181,9 +184,10 @@ class Captured:
         self._read([] if self._mailbox is None else self._mailbox.all())
 
     def _read(self, rows: list[tuple[int, list[float]]]) -> None:
-        if self._evidence is not None:
-            for number, row in rows:
-                self._reports.take(self._evidence.verdict(self._caller, row), number, late=True)
+        self._unread += rows
+        while self._unread and self._evidence is not None:
+            number, row = self._unread.pop(0)  # first, since a warning may be turned into an exception
+            self._reports.take(self._evidence.verdict(self._caller, row), number, late=True)
 
 
 class _Evidence:
