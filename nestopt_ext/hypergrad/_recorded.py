@@ -8,6 +8,7 @@ point, they refill the constants where they lie, and the recordings of the produ
 
 from __future__ import annotations
 
+import operator
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -267,7 +268,7 @@ def _by_inductor(recording: _Recording) -> Callable[[TensorList], TensorList]:
         else:
             for i, tensor in enumerate(result):
                 if isinstance(tensor, Tensor):
-                    nodes[id(tensor)] = graph.call_function(lambda parts, i: parts[i], (node, i))
+                    nodes[id(tensor)] = graph.call_function(operator.getitem, (node, i))
     graph.output([nodes.get(id(t)) for t in recording.products])
     module = torch.compile(torch.fx.GraphModule({}, graph), backend=_BACKEND, dynamic=False)
     lying = [t.detach() for t in constants]
