@@ -1,5 +1,6 @@
 """The cases, one file per op family; importing this package registers them all."""
 
+from . import captured as captured
 from . import complex_adam as complex_adam
 from . import complex_sgd as complex_sgd
 from . import hypergradient as hypergradient
