@@ -99,7 +99,6 @@ __global__ void __launch_bounds__(kSeriesThreads)
       const G* gram_rows[kRows];
       double f[kRows] = {};
       for (int k = 0; k < kRows; ++k) gram_rows[k] = series.gram_row<G>(r + k < rows ? r + k : rows - 1);
-#pragma unroll 4
       for (int64_t at = lane; at < rows; at += kSeriesWarp) {
         const double e_at = e[at];
         for (int k = 0; k < kRows; ++k) f[k] += double{gram_rows[k][at]} * e_at;

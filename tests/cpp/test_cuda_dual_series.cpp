@@ -1,0 +1,116 @@
+#include "cuda/dual_series.h"
+
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "check.h"
+#include "cuda/dual_series.cuh"
+#include "dual_series_cases.h"
+
+namespace {
+
+using namespace nestopt;
+
+// With all of the scratch poisoned, and one element more that is not to be touched. Numbers come from the device or
+// not.
+template <class G, class V>
+void run(DualSeriesCase<G, V>& problem, uint32_t blocks, bool number_on_device = false) {
+  const DualSeries series = problem.series();
+  const double alpha = problem.alpha();
+  const cuda::DualSeriesPlan plan{blocks, cuda::series_scratch(series.rows, series.terms, blocks)};
+  std::vector<double> scratch(plan.scratch + 1, NAN);
+  const int64_t before = fibre::launches;
+  const cuda::Scalar number = number_on_device ? cuda::Scalar{&alpha, true} : cuda::Scalar{.value = alpha};
+  CHECK((cuda::dual_series<G, V>(series, number, problem.damping(), plan, scratch.data(), nullptr)) == cudaSuccess);
+  CHECK(fibre::launches - before == 1, "one launch for all terms");
+  CHECK(std::isnan(scratch.back()), "written behind the end");
+}
+
+// Fewer rows than warps, about as many, and more, so that a warp has several groups of them.
+template <class G, class V>
+void check_kernel(uint32_t blocks) {
+  for (int64_t rows : {1, 2, 31, 33, 65, 100, 130}) {
+    const int64_t terms = rows == 33 ? 5 : 2;
+    DualSeriesCase<G, V> first(rows, terms, 0.5);
+    run(first, blocks);
+    first.expect_right();
+    for (fibre::seed = 1; fibre::seed < 3; ++fibre::seed) {
+      DualSeriesCase<G, V> again(rows, terms, 0.5);
+      run(again, blocks, true);
+      CHECK(again.same(first), "rows", rows, "seed", fibre::seed);
+    }
+    fibre::seed = 0;
+  }
+}
+
+TEST(one_block_float32) { check_kernel<float, float>(1); }
+TEST(one_block_float32_with_float64) { check_kernel<float, double>(1); }
+TEST(one_block_float64_with_float32) { check_kernel<double, float>(1); }
+TEST(one_block_float64) { check_kernel<double, double>(1); }
+TEST(a_grid_float32) { check_kernel<float, float>(3); }
+TEST(a_grid_float32_with_float64) { check_kernel<float, double>(2); }
+TEST(a_grid_float64_with_float32) { check_kernel<double, float>(2); }
+TEST(a_grid_float64) { check_kernel<double, double>(2); }
+
+TEST(a_grid_with_more_warps_than_rows) {
+  for (fibre::seed = 0; fibre::seed < 3; ++fibre::seed) {
+    DualSeriesCase<float, double> problem(40, 4, 0.1);
+    run(problem, 5);
+    problem.expect_right();
+  }
+  fibre::seed = 0;
+}
+
+TEST(no_rows_and_no_terms) {
+  for (uint32_t blocks : {1u, 2u}) {
+    DualSeriesCase<float, double> no_rows(0, 4, 0.5), no_terms(7, 0);
+    run(no_rows, blocks);
+    no_rows.expect_right();
+    run(no_terms, blocks);
+    no_terms.expect_right();
+  }
+  const int64_t before = fibre::launches;
+  DualSeriesCase<float, double> nothing(0, 0);
+  CHECK((cuda::dual_series<float, double>(nothing.series(), {}, 0, {1, 0}, nullptr, nullptr)) == cudaSuccess);
+  CHECK(fibre::launches == before);
+}
+
+TEST(more_terms_than_are_added_up_at_once) {
+  DualSeriesCase<double, double> problem(2, cuda::kTermTile + 3, 0.01);
+  run(problem, 1);
+  problem.expect_right();
+}
+
+// The other half of the branch on the size is what the other tests run.
+TEST(more_rows_than_shared_memory_holds) {
+  DualSeriesCase<float, double> problem(cuda::kStagedRows + 5, 1);
+  run(problem, 1);
+  problem.expect_right();
+}
+
+TEST(a_nan_shows) {
+  for (uint32_t blocks : {1u, 2u}) {
+    DualSeriesCase<float, double> problem(19, 3, 0, 0);
+    problem.gram()[19 * 19 - 1] = NAN;
+    run(problem, blocks);
+    for (int64_t j = 1; j <= 3; ++j) CHECK(std::isnan(problem.sq_norm(j)), j);
+    CHECK(std::isnan(problem.coefficient(18)));
+  }
+}
+
+TEST(plans) {
+  DualSeries series{};
+  series.terms = 20;
+  const auto blocks = [&](int64_t rows, uint32_t max_blocks) {
+    series.rows = rows;
+    const cuda::DualSeriesPlan plan = cuda::plan_dual_series(series, max_blocks);
+    CHECK(plan.scratch == 5 * rows + 40 * int64_t{plan.blocks}, rows);
+    return plan.blocks;
+  };
+  CHECK(blocks(0, 132) == 1 && blocks(1, 132) == 1 && blocks(256, 132) == 1);
+  CHECK(blocks(257, 132) == 9 && blocks(4224, 132) == 132 && blocks(100000, 132) == 132);
+  CHECK(blocks(5000, 1) == 1);
+}
+
+}  // namespace
