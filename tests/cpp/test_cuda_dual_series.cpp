@@ -12,32 +12,46 @@ namespace {
 
 using namespace nestopt;
 
-// With all of the scratch poisoned, and one element more that is not to be touched. Numbers come from the device or
-// not.
-template <class G, class V>
-void run(DualSeriesCase<G, V>& problem, uint32_t blocks, bool number_on_device = false) {
+// Runs a kernel through launch(series, alpha, damping, scratch), with all of the scratch poisoned, and one element more
+// that is not to be touched.
+template <class G, class V, class Launch>
+void run(DualSeriesCase<G, V>& problem, uint32_t blocks, Launch launch) {
   const DualSeries series = problem.series();
   const double alpha = problem.alpha();
-  const cuda::DualSeriesPlan plan{blocks, cuda::series_scratch(series.rows, series.terms, blocks)};
-  std::vector<double> scratch(plan.scratch + 1, NAN);
+  std::vector<double> scratch(cuda::series_scratch(series.rows, series.terms, blocks) + 1, NAN);
   const int64_t before = fibre::launches;
-  const cuda::Scalar number = number_on_device ? cuda::Scalar{&alpha, true} : cuda::Scalar{.value = alpha};
-  CHECK((cuda::dual_series<G, V>(series, number, problem.damping(), plan, scratch.data(), nullptr)) == cudaSuccess);
+  const cuda::Scalar number = fibre::seed % 2 ? cuda::Scalar{&alpha, true} : cuda::Scalar{.value = alpha};
+  CHECK(launch(series, number, problem.damping(), scratch.data()) == cudaSuccess);
   CHECK(fibre::launches - before == 1, "one launch for all terms");
   CHECK(std::isnan(scratch.back()), "written behind the end");
 }
 
-// Fewer rows than warps, about as many, and more, so that a warp has several groups of them.
+// In blocks of few threads, so that few rows are many for them. One block has a kernel of its own.
+template <class G, class V>
+void run_small(DualSeriesCase<G, V>& problem, uint32_t blocks) {
+  constexpr uint32_t kThreads = 96;
+  constexpr int64_t kStaged = 40;
+  run(problem, blocks, [=](const DualSeries& series, cuda::Scalar alpha, double damping, double* scratch) {
+    const cuda::SeriesArguments arguments{series, alpha, damping, scratch};
+    if (blocks > 1) {
+      return cuda::launch_together(cuda::dual_series_kernel<G, V, true, kThreads, kStaged>, blocks, kThreads, nullptr,
+                                   arguments);
+    }
+    return cuda::launch(cuda::dual_series_kernel<G, V, false, kThreads, kStaged>, 1, kThreads, nullptr, arguments);
+  });
+}
+
+// Fewer rows than warps, about as many, and more, so that a warp has several groups of them; more than are staged.
 template <class G, class V>
 void check_kernel(uint32_t blocks) {
-  for (int64_t rows : {1, 2, 31, 33, 65, 100, 130}) {
-    const int64_t terms = rows == 33 ? 5 : 2;
+  for (int64_t rows : {1, 2, 3, 6, 7, 13, 33, 40, 41, 70}) {
+    const int64_t terms = 1 + rows % 5;
     DualSeriesCase<G, V> first(rows, terms, 0.5);
-    run(first, blocks);
+    run_small(first, blocks);
     first.expect_right();
-    for (fibre::seed = 1; fibre::seed < 3; ++fibre::seed) {
+    for (fibre::seed = 1; fibre::seed < 4; ++fibre::seed) {
       DualSeriesCase<G, V> again(rows, terms, 0.5);
-      run(again, blocks, true);
+      run_small(again, blocks);
       CHECK(again.same(first), "rows", rows, "seed", fibre::seed);
     }
     fibre::seed = 0;
@@ -51,23 +65,31 @@ TEST(one_block_float64) { check_kernel<double, double>(1); }
 TEST(a_grid_float32) { check_kernel<float, float>(3); }
 TEST(a_grid_float32_with_float64) { check_kernel<float, double>(2); }
 TEST(a_grid_float64_with_float32) { check_kernel<double, float>(2); }
-TEST(a_grid_float64) { check_kernel<double, double>(2); }
+TEST(a_grid_float64) { check_kernel<double, double>(5); }
 
-TEST(a_grid_with_more_warps_than_rows) {
-  for (fibre::seed = 0; fibre::seed < 3; ++fibre::seed) {
-    DualSeriesCase<float, double> problem(40, 4, 0.1);
-    run(problem, 5);
-    problem.expect_right();
-  }
-  fibre::seed = 0;
+// With the blocks of a device.
+template <class G, class V>
+void check_launch(uint32_t blocks) {
+  DualSeriesCase<G, V> problem(70, 2, 0.1);
+  run(problem, blocks, [=](const DualSeries& series, cuda::Scalar alpha, double damping, double* scratch) {
+    return cuda::dual_series<G, V>(series, alpha, damping, {blocks, 0}, scratch, nullptr);
+  });
+  problem.expect_right();
+}
+
+TEST(whole_blocks) {
+  check_launch<float, float>(1);
+  check_launch<float, double>(2);
+  check_launch<double, float>(1);
+  check_launch<double, double>(2);
 }
 
 TEST(no_rows_and_no_terms) {
   for (uint32_t blocks : {1u, 2u}) {
     DualSeriesCase<float, double> no_rows(0, 4, 0.5), no_terms(7, 0);
-    run(no_rows, blocks);
+    run_small(no_rows, blocks);
     no_rows.expect_right();
-    run(no_terms, blocks);
+    run_small(no_terms, blocks);
     no_terms.expect_right();
   }
   const int64_t before = fibre::launches;
@@ -78,14 +100,7 @@ TEST(no_rows_and_no_terms) {
 
 TEST(more_terms_than_are_added_up_at_once) {
   DualSeriesCase<double, double> problem(2, cuda::kTermTile + 3, 0.01);
-  run(problem, 1);
-  problem.expect_right();
-}
-
-// The other half of the branch on the size is what the other tests run.
-TEST(more_rows_than_shared_memory_holds) {
-  DualSeriesCase<float, double> problem(cuda::kStagedRows + 5, 1);
-  run(problem, 1);
+  run_small(problem, 1);
   problem.expect_right();
 }
 
@@ -93,7 +108,7 @@ TEST(a_nan_shows) {
   for (uint32_t blocks : {1u, 2u}) {
     DualSeriesCase<float, double> problem(19, 3, 0, 0);
     problem.gram()[19 * 19 - 1] = NAN;
-    run(problem, blocks);
+    run_small(problem, blocks);
     for (int64_t j = 1; j <= 3; ++j) CHECK(std::isnan(problem.sq_norm(j)), j);
     CHECK(std::isnan(problem.coefficient(18)));
   }
