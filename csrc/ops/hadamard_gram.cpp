@@ -268,7 +268,11 @@ class HadamardGram {
 // parts as there are threads elsewhere, and results would depend on their number.
 class ProductsOnThisThread {
  public:
-  ProductsOnThisThread() : before_(MKL_Set_Num_Threads_Local != nullptr ? MKL_Set_Num_Threads_Local(1) : 0) {}
+  ProductsOnThisThread() {
+    if (MKL_Set_Num_Threads_Local == nullptr) return;
+    at::get_num_threads();  // in a thread that is new to it, torch sets the number before it tells it, and no later
+    before_ = MKL_Set_Num_Threads_Local(1);
+  }
   ~ProductsOnThisThread() {
     if (MKL_Set_Num_Threads_Local != nullptr) MKL_Set_Num_Threads_Local(before_);
   }
@@ -276,7 +280,7 @@ class ProductsOnThisThread {
   ProductsOnThisThread& operator=(const ProductsOnThisThread&) = delete;
 
  private:
-  int before_;
+  int before_ = 0;
 };
 
 class Cpu {
