@@ -203,7 +203,9 @@ def test_the_same_bits_on_any_number_of_threads(native):
             gram = gram.clone()
             _ops.hadamard_gram_(gram, x, y, positions=positions)
             results[-1].append(gram)
-    assert [[same_bits(a, b) for a, b in zip(results[0], other, strict=True)] for other in results[1:]] == [[True] * len(cases)] * 3
+    assert [[same_bits(a, b) for a, b in zip(results[0], other, strict=True)] for other in results[1:]] == [
+        [True] * len(cases)
+    ] * 3
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from . import complex_adam as complex_adam
 from . import complex_sgd as complex_sgd
+from . import hadamard_gram as hadamard_gram
 from . import hypergradient as hypergradient
 from . import neumann as neumann
+from . import row_dot as row_dot
 from . import softmax_hessian as softmax_hessian
