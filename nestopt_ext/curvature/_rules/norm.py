@@ -254,7 +254,7 @@ def group_norm(
     return GroupNorm(input, weight, bias, num_groups, eps, mean, rstd), result
 
 
-@rule(F.instance_norm)
+@rule(F.instance_norm, copied=("running_mean", "running_var"))
 def instance_norm(
     input: Operand,
     running_mean: Operand | None = None,
