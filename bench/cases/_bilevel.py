@@ -40,13 +40,19 @@ class Bilevel:
         return Bilevel(self.problem.in_float64(), self.log_decay, self.num_terms, self.alpha, self.shared)
 
     def inner(self, params: Params, hparams: Params) -> Tensor:
-        loss: Tensor = self.problem.criterion(self.problem.call(params, self.problem.inner_x), self.problem.inner_y)
+        return self.inner_on(self.problem.inner_x, self.problem.inner_y, params, hparams)
+
+    def outer(self, params: Params) -> Tensor:
+        return self.outer_on(self.problem.outer_x, self.problem.outer_y, params)
+
+    def inner_on(self, x: Tensor, y: Tensor, params: Params, hparams: Params) -> Tensor:
+        loss = self.outer_on(x, y, params)
         if self.shared:
             return loss + hparams[0].exp() * sum([p.square().sum() for p in params])
         return loss + sum([(h.exp() * p.square()).sum() for h, p in zip(hparams, params, strict=True)])
 
-    def outer(self, params: Params) -> Tensor:
-        loss: Tensor = self.problem.criterion(self.problem.call(params, self.problem.outer_x), self.problem.outer_y)
+    def outer_on(self, x: Tensor, y: Tensor, params: Params) -> Tensor:
+        loss: Tensor = self.problem.criterion(self.problem.call(params, x), y)
         return loss
 
     def decay_curvature(self) -> list[Tensor]:

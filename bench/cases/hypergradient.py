@@ -21,7 +21,7 @@ ALPHA = 0.01
 LOG_DECAY = 2.0  # with less the curvature of the CNN is indefinite
 
 
-def _ours(bilevel: Bilevel) -> Params:
+def by_hypergradient(bilevel: Bilevel) -> Params:
     params, hparams = bilevel.params, bilevel.hparams
     solver = Neumann(num_terms=bilevel.num_terms, alpha=ALPHA)
     return hypergradient(bilevel.outer(params), bilevel.inner(params, hparams), params, hparams, solver=solver)
@@ -43,7 +43,7 @@ def _build(name: str, num_terms: int, setting: Setting) -> Field:
     bilevel = Bilevel(Problem(name, setting), LOG_DECAY, terms, ALPHA)
     found, left_out = _bilevel.peers(bilevel)
     contestants = [
-        bilevel.contestant("hypergradient", OURS, _ours),
+        bilevel.contestant("hypergradient", OURS, by_hypergradient),
         bilevel.contestant("hypergradient, closures", BASELINE, _ours_closures),
         bilevel.contestant("autograd + _foreach", BASELINE, _bilevel.by_hand),
         *found,

@@ -10,8 +10,8 @@
 namespace nestopt::cpu {
 namespace {
 
-constexpr int kSide = 8;             // rows and columns that are transposed at once
-constexpr int64_t kColumns = 1024;   // of a panel, whose sums stay in the first-level cache
+constexpr int kSide = 8;            // rows and columns that are transposed at once
+constexpr int64_t kColumns = 1024;  // of a panel, whose sums stay in the first-level cache
 
 template <class T>
 struct SideOf {

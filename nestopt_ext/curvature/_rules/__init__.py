@@ -1,5 +1,47 @@
 """What the recording of a model knows: a rule for each torch function, grouped by what it does."""
 
-from . import activations, linear
+from . import (
+    activations,
+    arithmetic,
+    attention,
+    batch_norm,
+    casts,
+    conv,
+    dropout,
+    einsum,
+    embedding,
+    indexing,
+    joining,
+    linear,
+    matmul,
+    norm,
+    padding,
+    pooling,
+    reductions,
+    repeats,
+    shapes,
+    softmax,
+)
 
-__all__ = ["activations", "linear"]
+__all__ = [
+    "activations",
+    "arithmetic",
+    "attention",
+    "batch_norm",
+    "casts",
+    "conv",
+    "dropout",
+    "einsum",
+    "embedding",
+    "indexing",
+    "joining",
+    "linear",
+    "matmul",
+    "norm",
+    "padding",
+    "pooling",
+    "reductions",
+    "repeats",
+    "shapes",
+    "softmax",
+]
