@@ -31,9 +31,11 @@ def main(source: str, target: str, family: str = "hypergradient") -> None:
     ours = {row["name"] for result in results for row in result["rows"] if row["role"] == OURS}
     columns = 2 if len(panels) == 4 else min(_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(3.4 * columns, 3.0 * rows + 0.8), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    beside = max(1, int(1.5 * columns))  # so many names fit below a row of panels
+    height = 3.0 * rows + 0.22 * math.ceil(len(names) / beside) + 0.2
+    figure = Figure(figsize=(3.4 * columns, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     looks = _looks(names, ours)
     handles: dict[str, Any] = {}
     for axis, (problem, lines) in zip(axes.flat, panels.items(), strict=False):
@@ -50,7 +52,7 @@ def main(source: str, target: str, family: str = "hypergradient") -> None:
         axis.set_axis_off()
     for axis in axes[:, 0]:
         axis.set_ylabel(_unit(results, family))
-    figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=beside, frameon=False)
     figure.savefig(target, dpi=150)
 
 
