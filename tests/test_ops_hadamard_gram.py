@@ -80,6 +80,12 @@ def test_the_gram_matrix_of_the_matrices(pair, sizes, device):
     check(*factors(sizes, pair, device), positions=sizes[2])
 
 
+def test_long_rows_of_16_bits(device):
+    """They are not converted all at once."""
+    check(*factors((8, 8, 1, 270_000, 2), PAIRS[1], device))
+    check(*factors((8, 4, 1, 2, 530_000), PAIRS[1], device))
+
+
 def test_known_numbers(device):
     gram = torch.tensor([[0.0, 1.0], [2.0, 3.0]], device=device)
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], device=device)  # Gram 5 11 / 11 25

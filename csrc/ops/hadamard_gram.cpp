@@ -270,7 +270,7 @@ class ProductsOnThisThread {
  public:
   ProductsOnThisThread() {
     if (MKL_Set_Num_Threads_Local == nullptr) return;
-    at::get_num_threads();  // in a thread that is new to it, torch sets the number before it tells it, and no later
+    at::get_num_threads();  // has torch set the number for a thread that is new to it, which it would do later else
     before_ = MKL_Set_Num_Threads_Local(1);
   }
   ~ProductsOnThisThread() {
