@@ -81,33 +81,33 @@ class Recording:
     ) -> None:
         self.tape = tape
         self._caller = caller
-        self._params = params
+        self.params = params
         self._evaluation = evaluation
         self._versions = [(t, t._version) for t in (*params, *data) if not t.is_inference()]
 
     def forward(self, v: TensorList) -> Tensor:
         """J v."""
-        with self._reading():
+        with self.reading():
             return self.tape.jvp(v)
 
     def forwards(self, v: TensorList) -> Tensor:
         """J v for k lists at once."""
-        with self._reading():
+        with self.reading():
             return _at_once(lambda *v: [self.tape.jvp(v)], v, [self.tape.outputs])[0]
 
     def backward(self, u: Tensor) -> TensorList:
         """J' u."""
-        with self._reading():
+        with self.reading():
             return self._filled(self.tape.vjp(u))
 
     def backwards(self, u: Tensor) -> TensorList:
         """J' u for k tensors at once."""
-        with self._reading():
-            return _at_once(lambda u: self._filled(self.tape.vjp(u, in_place=False)), [u], self._params)
+        with self.reading():
+            return _at_once(lambda u: self._filled(self.tape.vjp(u, in_place=False)), [u], self.params)
 
     def backward_into(self, u: Tensor, into: TensorList) -> None:
         """Adds J' u, each layer's part where it arises."""
-        with self._reading():
+        with self.reading():
             for t, found in zip(into, self.tape.vjp(u, into), strict=True):
                 if found is not t and found is not None:
                     t.copy_(found)
@@ -116,11 +116,11 @@ class Recording:
         """Zeros for None, and memory of its own for each."""
         return [
             torch.zeros_like(p, requires_grad=False) if t is None else t
-            for t, p in zip(found, self._params, strict=True)
+            for t, p in zip(found, self.params, strict=True)
         ]
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
+    def reading(self) -> Iterator[None]:
         """Without graph, with everything as it was recorded."""
         for t, version in self._versions:
             if t._version != version:

@@ -59,6 +59,8 @@ class Node:
     shares_memory: ClassVar[bool] = False
     #: Multiplications of one application, as far as they matter; what a cost estimate counts.
     macs: int = 0
+    #: Operands i and j, where an example's gradient of j is the sum over positions of the left factors of that of i.
+    weight_and_bias: ClassVar[tuple[int, int] | None] = None
 
     def __init__(self, *operands: Any) -> None:
         self.slots = tuple(x.slot if isinstance(x, Var) else -1 for x in operands)

@@ -14,6 +14,7 @@ from ._evaluation import check_scalar
 from ._gradient import named_faults
 from ._model import Params, batch_size, part_of
 from ._model_curvature import Call, ModelCurvature
+from ._plan import Route
 from .loss_hessian import LossHessian, OuterProducts
 
 
@@ -59,8 +60,9 @@ class EmpiricalFisher(ModelCurvature):
         params: Params = None,
         *,
         microbatch: int | None = None,
+        route: Route = "auto",
     ) -> None:
-        super().__init__(model, criterion, inputs, targets, params, microbatch)
+        super().__init__(model, criterion, inputs, targets, params, microbatch, route)
 
     def _middle(self, call: Call, outputs: Tensor, targets: Targets, share: float) -> LossHessian:
         known = self._known(outputs, targets)

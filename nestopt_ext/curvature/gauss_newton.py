@@ -16,6 +16,7 @@ from ._gradient import check_params
 from ._linearization import Linearization
 from ._model import Params
 from ._model_curvature import Call, ModelCurvature
+from ._plan import Route
 from .loss_hessian import LossHessian, ScaledLossHessian, gradient_in_outputs, hessian_product, make_loss_hessian
 
 
@@ -74,8 +75,9 @@ class GaussNewton(ModelCurvature):
         params: Params = None,
         *,
         microbatch: int | None = None,
+        route: Route = "auto",
     ) -> None:
-        super().__init__(model, criterion, inputs, targets, params, microbatch)
+        super().__init__(model, criterion, inputs, targets, params, microbatch, route)
 
     def _middle(self, call: Call, outputs: Tensor, targets: Targets, share: float) -> LossHessian:
         hessian = make_loss_hessian("GaussNewton", self._criterion, outputs, targets, self._total)

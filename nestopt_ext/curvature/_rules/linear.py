@@ -14,6 +14,8 @@ from .._tape import MixesExamples, Node, Operand, OuterProducts, Rows, accumulat
 class Linear(Node):
     """x W' + b over the last dimension of x."""
 
+    weight_and_bias = (1, 2)
+
     def __init__(self, x: Operand, weight: Operand, bias: Operand | None) -> None:
         super().__init__(x, weight, bias)
         self.x, self.weight = value_of(x), value_of(weight)
