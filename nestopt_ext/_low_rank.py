@@ -159,7 +159,9 @@ class LowRank:
     def project(self, v: TensorList) -> Tensor:
         """R v, [k, r], in the widest dtype, for k lists, [k, *shape] for each tensor, multiplied in their dtypes."""
         device = self.weights.device
-        total = torch.zeros((len(v[0]) if v else 1, len(self.weights)), dtype=_lists.scalar_dtype(device), device=device)
+        total = torch.zeros(
+            (len(v[0]) if v else 1, len(self.weights)), dtype=_lists.scalar_dtype(device), device=device
+        )
         for block, t in zip(self.blocks, v, strict=True):
             total += block.project(t).to(device)
         return total

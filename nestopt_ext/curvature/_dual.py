@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _lists, _ops, _reference
-from .._low_rank import LowRank, RowBlock
+from .._low_rank import LowRank
 from .._types import TensorList
 from ._example_rows import OuterRows, block_of
 from ._examples import Examples, example_gradients
@@ -55,9 +55,7 @@ class DualSpace:
         with self._recording.reading():
             return self._low_rank
 
-    def series(
-        self, v: TensorList, num_terms: int, alpha: Tensor, damping: float
-    ) -> tuple[TensorList, Tensor]:
+    def series(self, v: TensorList, num_terms: int, alpha: Tensor, damping: float) -> tuple[TensorList, Tensor]:
         """As :meth:`~nestopt_ext._operator.LinearOperator.flat_series`.
 
         Matrix products are in the dtype of the params, the recurrence and all sums over layers in float64.
@@ -126,17 +124,18 @@ class DualSpace:
         if dtype not in self._grams:
             blocks, home = self._low_rank.blocks, self._low_rank.weights.device
             gram = torch.zeros((self._count, self._count), dtype=dtype, device=home)
-            with_bias = {
-                i: bias
-                for i, bias in self._bias_of.items()
-                if isinstance(blocks[i], OuterRows) and blocks[i].gram_goes_by_products
-            }
+            with_bias: dict[int, OuterRows] = {}
+            for i in self._bias_of:
+                weight = blocks[i]
+                if isinstance(weight, OuterRows) and weight.gram_goes_by_products:
+                    with_bias[i] = weight
+            left_out = {self._bias_of[i] for i in with_bias}
             for i, block in enumerate(blocks):
-                if i in with_bias.values():
+                if i in left_out:
                     continue
                 part = gram if block.device == home else torch.zeros_like(gram, device=block.device)
                 if i in with_bias:
-                    block.add_gram_with_sum(part)
+                    with_bias[i].add_gram_with_sum(part)
                 else:
                     block.add_gram(part)
                 if part is not gram:

@@ -66,9 +66,7 @@ class OuterRows(RowBlock):
     @property
     def gram_goes_by_products(self) -> bool:
         """Whether :meth:`add_gram_with_sum` is the way."""
-        return self._groups == 1 and products_are_cheaper(
-            self.count, self._batch, self._positions, self._out, self._in
-        )
+        return self._groups == 1 and products_are_cheaper(self.count, self._batch, self._positions, self._out, self._in)
 
     def _add_products(self, gram: Tensor, g: int, scale: Scale, right: Tensor) -> None:
         dtype = torch.float64 if gram.dtype == torch.float64 else self.left.dtype  # the op itself widens 16 bits

@@ -46,20 +46,25 @@ def find_examples(tape: Tape) -> Examples:
     examples = Examples(batch, dims)
     needed = {id(node) for node in tape.nodes}
     for node in tape.all_nodes:
-        try:
-            if isinstance(node, Opaque):
-                raise MixesExamples("a function without a rule is not known to treat examples apart")
-            dims[node.output] = node.batch_dim(examples.of(node), batch)
-            lost = node.wanted and dims[node.output] is None
-            if lost:
-                raise MixesExamples("something computed from the params alone is not of one example")
-        except MixesExamples:
-            if id(node) in needed:
-                raise
-            dims[node.output] = None  # a constant, or nothing that the outputs depend on
+        dims[node.output] = _dim_of(node, examples, id(node) in needed)
     if dims[tape.output_slot] != 0 or tape.outputs.shape[0] % batch:
         raise MixesExamples("its outputs must have the batch dimension in front")
     return examples
+
+
+def _dim_of(node: Node, examples: Examples, needed: bool) -> int | None:
+    """Where the result of a node has the batch; what is not ``needed`` for derivatives may have it nowhere."""
+    try:
+        if isinstance(node, Opaque):
+            raise MixesExamples("a function without a rule is not known to treat examples apart")
+        dim = node.batch_dim(examples.of(node), examples.batch)
+        if node.wanted and dim is None:
+            raise MixesExamples("something computed from the params alone is not of one example")
+        return dim
+    except MixesExamples:
+        if needed:
+            raise
+        return None
 
 
 def example_gradients(tape: Tape, examples: Examples, cotangents: Tensor) -> list[list[Gradients]]:

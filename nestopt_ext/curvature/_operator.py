@@ -241,7 +241,9 @@ class _Damped(CurvatureOperator):
         if inner is None:
             return None
         if inner.diagonal is None:  # in no memory of its own
-            diagonal = [torch.full((), self._damping, dtype=p.dtype, device=p.device).expand(p.shape) for p in self._params]
+            diagonal = [
+                torch.full((), self._damping, dtype=p.dtype, device=p.device).expand(p.shape) for p in self._params
+            ]
         else:
             diagonal = [d + self._damping for d in inner.diagonal]
         return LowRank(inner.blocks, inner.weights, diagonal)

@@ -119,8 +119,12 @@ def costs(tape: Tape, params: TensorList, batch: int, rank: int) -> Costs:
     solve = 2 * in_params / device.macs + 3 * numel * itemsize / device.bytes + (10 * count + 20) * device.overhead
     matrix = rows * rows * itemsize
     return Costs(
-        term, build, solve, rows * rows * max(1 / device.macs, itemsize / device.bytes / 4) + 1e-6,
-        3 * numel * itemsize, deltas * itemsize + matrix,
+        term,
+        build,
+        solve,
+        rows * rows * max(1 / device.macs, itemsize / device.bytes / 4) + 1e-6,
+        3 * numel * itemsize,
+        deltas * itemsize + matrix,
     )
 
 
@@ -134,9 +138,7 @@ def _gram_of(node: Node, param: Tensor, batch: int, rows: int) -> tuple[float, i
     return min(gram_macs(rows, batch, positions, out, size // out)), rows * positions * out
 
 
-def chosen(
-    num_terms: int, route: Route, rows: int, found: Costs, built: bool
-) -> Plan:
+def chosen(num_terms: int, route: Route, rows: int, found: Costs, built: bool) -> Plan:
     """The plan for a model whose examples are apart."""
     loop, dual = found.loop(num_terms), found.dual(num_terms, built)
     if route != "auto":
@@ -148,8 +150,15 @@ def chosen(
     else:
         choice, reason = "loop", "estimated to be faster"
     return Plan(
-        "dual" if choice == "dual" else "loop", reason, num_terms, rows, loop, dual, found.loop_memory,
-        found.dual_memory, found.break_even(built),
+        "dual" if choice == "dual" else "loop",
+        reason,
+        num_terms,
+        rows,
+        loop,
+        dual,
+        found.loop_memory,
+        found.dual_memory,
+        found.break_even(built),
     )
 
 

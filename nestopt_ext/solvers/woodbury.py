@@ -28,11 +28,11 @@ class Woodbury:
 
     .. math:: x = D^{-1} \bigl(v - R^\top (I + C R D^{-1} R^\top)^{-1} C R D^{-1} v\bigr)
 
-    No product is spent. The operator gives R D^-1 R' by the structure of its rows, which need not be formed: of the
-    Gauss-Newton and Fisher matrices of fully connected layers by products of two small Gram matrices wherever D is
-    constant within a tensor. Sums, the r x r system and the result are taken in float64, one tensor at a time. Operators
-    that can be written so are the outer product of a gradient, the Gauss-Newton and Fisher matrices of fewer outputs
-    than weights, and their sums with a diagonal.
+    No product is spent. The operator gives R D^-1 R' by the structure of its rows, which need not be formed: for the
+    Gauss-Newton and Fisher matrices of fully connected layers, by products of two small Gram matrices wherever D is
+    constant within a tensor. Sums, the r x r system and the result are taken in float64, one tensor at a time.
+    Operators that can be written so are the outer product of a gradient, the Gauss-Newton and Fisher matrices of fewer
+    outputs than weights, and their sums with a diagonal.
 
     ``damping`` (units of curvature) is finite and >= 0, and d + damping must be > 0 everywhere, which is looked at once
     before anything else. A singular sum, possible with negative weights alone, gives NaN and ``non_finite``.
