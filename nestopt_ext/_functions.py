@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import _ops, _reference
 
@@ -38,19 +37,8 @@ def softmax_hessian(logits: Tensor, u: Tensor, row_weight: Tensor) -> Tensor:
     tensor([ 2., -2.])
     """
     _check(logits, u, row_weight)
-    if _no_derivatives():
-        return _SoftmaxHessian.forward(logits, u, row_weight)
     result: Tensor = _SoftmaxHessian.apply(logits, u, row_weight)  # type: ignore[no-untyped-call]
     return result
-
-
-def _no_derivatives() -> bool:
-    """Whether neither grad mode nor a transform is on: a Function is its forward then, and that is faster called."""
-    return (
-        not torch.is_grad_enabled()
-        and forward_ad._current_level < 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
 
 
 def _check(logits: Tensor, u: Tensor, row_weight: Tensor) -> None:
@@ -64,11 +52,14 @@ def _check(logits: Tensor, u: Tensor, row_weight: Tensor) -> None:
             raise ValueError(f"softmax_hessian: {name} must have {rule} {tuple(wanted)}; got {tuple(found)}.")
 
 
-def _update_(u: Tensor, logits: Tensor, row_weight: Tensor) -> None:
-    """The op on any leading dimensions; ``u`` is contiguous."""
+def softmax_hessian_(u: Tensor, logits: Tensor, row_weight: Tensor) -> None:
+    """The op on any leading dimensions, in place and without graph; ``u`` is contiguous."""
+    if u.dim() == 2:
+        _ops.softmax_hessian_(u, logits, row_weight)
+        return
     if logits.dim() > 2 and logits.stride(0) == 0 and logits.shape[0] > 1:  # the same logits again: no copies of them
         for i in range(logits.shape[0]):
-            _update_(u[i], logits[i], row_weight[i])
+            softmax_hessian_(u[i], logits[i], row_weight[i])
         return
     rows = row_weight.numel()
     matrix = (rows, logits.shape[-1])
@@ -106,7 +97,7 @@ class _SoftmaxHessian(torch.autograd.Function):
         if any(map(torch._C._functorch.is_legacy_batchedtensor, (logits, u, row_weight))):
             return _reference.softmax_hessian(logits, u, row_weight)  # is_grads_batched, which has no rules for ops
         result = u.clone(memory_format=torch.contiguous_format)
-        _update_(result, logits, row_weight)
+        softmax_hessian_(result, logits, row_weight)
         return result
 
     @staticmethod

@@ -63,6 +63,15 @@ class LinearOperator(ABC):
         """
         return None
 
+    def flat_loop(
+        self, v: TensorList, num_terms: int, alpha: Tensor, damping: float, diagonal: TensorList | None = None
+    ) -> tuple[TensorList, Tensor] | None:
+        """The same sum and norms term by term, by num_terms products, where a step can be taken inside a product.
+
+        ``diagonal`` is added to A, with an entry for each element.
+        """
+        return None
+
     def largest_eigenvalue(self) -> Tensor | None:
         """The largest eigenvalue, a 0-dim tensor, where it costs no products."""
         return None

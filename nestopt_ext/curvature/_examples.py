@@ -95,9 +95,9 @@ def _carried(node: Node, operands: Sequence[int], cotangent: Tensor) -> list[Ten
     """What goes back to ``operands``, for each of m cotangents."""
 
     def one(u: Tensor) -> tuple[Tensor, ...]:
-        if len(operands) == len(node.wanted):
-            return tuple(node.vjps(u, [None] * len(operands)))
-        return tuple(node.vjp(i, u, None) for i in operands)
+        if type(node).vjps is Node.vjps:
+            return tuple(node.vjp(i, u, None) for i in operands)
+        return tuple(t for i, t in zip(node.wanted, node.vjps(u), strict=True) if i in operands)
 
     return _for_each(one, cotangent)
 

@@ -16,6 +16,7 @@ from .._types import TensorList
 from ._criteria import Criterion, Targets, recognize, reduction_of
 from ._evaluation import Evaluation, Replay
 from ._linearization import Linearization
+from ._loop import neumann_sum
 from ._model import Model, Params, batch_size, part_of
 from ._operator import CurvatureOperator
 from ._plan import Plan, Route
@@ -195,6 +196,15 @@ class ModelCurvature(CurvatureOperator):
         """Slightly from above, in the span of the rows; None where that costs more than a few products."""
         space = self._routes.for_eigenvalue()
         return None if space is None else space.largest_eigenvalue()
+
+    def flat_loop(
+        self, v: TensorList, num_terms: int, alpha: Tensor, damping: float, diagonal: TensorList | None = None
+    ) -> tuple[TensorList, Tensor] | None:
+        """Term by term, in place; None in 16 bits, which sums are not kept in, and with ``microbatch``."""
+        plain = all(t.device == v[0].device and t.dtype in (torch.float32, torch.float64) for t in v)
+        if self._whole is None or not plain:
+            return None
+        return neumann_sum(*self._whole, v, num_terms, alpha, damping, diagonal)
 
     def flat_low_rank(self) -> LowRank | None:
         """The rows S J with H = S' diag(c) S, at most 4096 of them; None beyond.

@@ -31,6 +31,10 @@ class CurvatureOperator(LinearOperator, ABC):
         """Whether the operator of several batches of equal size is the mean of theirs."""
         return True
 
+    def flat_diagonal(self) -> TensorList | None:
+        """The entries of a matrix that is diagonal by its making; None for any other."""
+        return None
+
     def __call__(self, v: SameTensors) -> SameTensors:
         """The product with ``v``; new tensors, in the structure of the params, without graph."""
         name = type(self).__name__.lstrip("_")  # of a sum, Sum
@@ -142,6 +146,10 @@ class Diagonal(CurvatureOperator):
     def flat_inverse(self, v: TensorList, damping: float) -> TensorList:
         return [t / (d + damping) for d, t in zip(self._values, v, strict=True)]
 
+    def flat_diagonal(self) -> TensorList:
+        """The entries."""
+        return self._values
+
     def flat_low_rank(self) -> LowRank:
         blocks: list[RowBlock] = [ZeroRows(0, p.shape, p.device) for p in self._params]
         return LowRank(blocks, self._params[0].new_zeros(0, requires_grad=False), self._values)
@@ -171,6 +179,20 @@ class _Sum(CurvatureOperator):
         if left is None or right is None:
             return None
         return stacked_low_rank([left, right], [1.0, 1.0])
+
+    def flat_diagonal(self) -> TensorList | None:
+        left, right = self._left.flat_diagonal(), self._right.flat_diagonal()
+        return None if left is None or right is None else _added(left, right)
+
+    def flat_loop(
+        self, v: TensorList, num_terms: int, alpha: Tensor, damping: float, diagonal: TensorList | None = None
+    ) -> tuple[TensorList, Tensor] | None:
+        for one, other in ((self._left, self._right), (self._right, self._left)):
+            entries = other.flat_diagonal()
+            if entries is not None:
+                entries = entries if diagonal is None else _added(entries, diagonal)
+                return one.flat_loop(v, num_terms, alpha, damping, entries)
+        return None
 
 
 class _Scaled(CurvatureOperator):
@@ -214,6 +236,19 @@ class _Scaled(CurvatureOperator):
         inner = self._operator.largest_eigenvalue() if self._scalar > 0 else None
         return None if inner is None else self._scalar * inner
 
+    def flat_diagonal(self) -> TensorList | None:
+        entries = self._operator.flat_diagonal()
+        return None if entries is None else [self._scalar * d for d in entries]
+
+    def flat_loop(
+        self, v: TensorList, num_terms: int, alpha: Tensor, damping: float, diagonal: TensorList | None = None
+    ) -> tuple[TensorList, Tensor] | None:
+        if self._scalar <= 0:
+            return None
+        diagonal = None if diagonal is None else [d / self._scalar for d in diagonal]
+        found = self._operator.flat_loop(v, num_terms, alpha * self._scalar, damping / self._scalar, diagonal)
+        return None if found is None else ([t / self._scalar for t in found[0]], found[1])
+
 
 class _Damped(CurvatureOperator):
     """An operator plus a number times the identity."""
@@ -256,6 +291,15 @@ class _Damped(CurvatureOperator):
     def largest_eigenvalue(self) -> Tensor | None:
         inner = self._operator.largest_eigenvalue()
         return None if inner is None else inner + self._damping
+
+    def flat_diagonal(self) -> TensorList | None:
+        entries = self._operator.flat_diagonal()
+        return None if entries is None else [d + self._damping for d in entries]
+
+    def flat_loop(
+        self, v: TensorList, num_terms: int, alpha: Tensor, damping: float, diagonal: TensorList | None = None
+    ) -> tuple[TensorList, Tensor] | None:
+        return self._operator.flat_loop(v, num_terms, alpha, damping + self._damping, diagonal)
 
 
 class _Rearranged(CurvatureOperator):
@@ -303,6 +347,17 @@ class _Rearranged(CurvatureOperator):
 
     def largest_eigenvalue(self) -> Tensor | None:
         return self._operator.largest_eigenvalue()
+
+    def flat_diagonal(self) -> TensorList | None:
+        entries = self._operator.flat_diagonal()
+        return None if entries is None else self._out(entries)
+
+    def flat_loop(
+        self, v: TensorList, num_terms: int, alpha: Tensor, damping: float, diagonal: TensorList | None = None
+    ) -> tuple[TensorList, Tensor] | None:
+        inside = None if diagonal is None else self._in(diagonal)
+        found = self._operator.flat_loop(self._in(v), num_terms, alpha, damping, inside)
+        return None if found is None else (self._out(found[0]), found[1])
 
 
 def _added(left: TensorList, right: TensorList) -> TensorList:

@@ -62,10 +62,9 @@ class Opaque(Node):
             [torch.zeros_like(x) if t is None else t for x, t in zip(self._leaves, tangents, strict=True)]
         )
 
-    def vjps(self, cotangent: Tensor, into: Sequence[Tensor | None]) -> list[Tensor]:
+    def vjps(self, cotangent: Tensor) -> list[Tensor]:
         """By one backward pass for all operands."""
-        found = self._jacobian.backward(cotangent)
-        return [t if s is None else s.add_(t) for s, t in zip(into, found, strict=True)]
+        return self._jacobian.backward(cotangent)
 
 
 class Recording:
@@ -87,47 +86,51 @@ class Recording:
 
     def forward(self, v: TensorList) -> Tensor:
         """J v."""
-        with self.reading():
+        self._check_unchanged()
+        with self._evaluation.differentiating(), torch.no_grad():
             return self.tape.jvp(v)
 
     def forwards(self, v: TensorList) -> Tensor:
         """J v for k lists at once."""
-        with self.reading():
+        self._check_unchanged()
+        with self._evaluation.differentiating(), torch.no_grad():
             return _at_once(lambda *v: [self.tape.jvp(v)], v, [self.tape.outputs])[0]
 
     def backward(self, u: Tensor) -> TensorList:
         """J' u."""
-        with self.reading():
+        self._check_unchanged()
+        with self._evaluation.differentiating(), torch.no_grad():
             return self._filled(self.tape.vjp(u))
 
     def backwards(self, u: Tensor) -> TensorList:
         """J' u for k tensors at once."""
-        with self.reading():
+        self._check_unchanged()
+        with self._evaluation.differentiating(), torch.no_grad():
             return _at_once(lambda u: self._filled(self.tape.vjp(u, in_place=False)), [u], self.params)
 
     def backward_into(self, u: Tensor, into: TensorList) -> None:
         """Adds J' u, each layer's part where it arises."""
-        with self.reading():
-            for t, found in zip(into, self.tape.vjp(u, into), strict=True):
-                if found is not t and found is not None:
-                    t.copy_(found)
+        self._check_unchanged()
+        with self._evaluation.differentiating(), torch.no_grad():
+            self.tape.vjp(u, into)
 
     def _filled(self, found: Sequence[Tensor | None]) -> TensorList:
-        """Zeros for None, and memory of its own for each."""
-        return [
-            torch.zeros_like(p, requires_grad=False) if t is None else t
-            for t, p in zip(found, self.params, strict=True)
-        ]
+        """Zeros for None."""
+        pairs = zip(found, self.params, strict=True)
+        return [torch.zeros_like(p, requires_grad=False) if t is None else t for t, p in pairs]
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Without graph, with everything as it was recorded."""
+        """Without graph, with everything as it was recorded, for who reads what the nodes have kept."""
+        self._check_unchanged()
+        with self._evaluation.differentiating(), torch.no_grad():
+            yield
+
+    def _check_unchanged(self) -> None:
         for t, version in self._versions:
             if t._version != version:
                 with named_faults(self._caller, "model"):
                     raise RuntimeError("a recorded tensor was modified by an inplace operation")
-        with self._evaluation.differentiating(), torch.no_grad():
-            yield
 
 
 def _at_once(function: Callable[..., list[Tensor]], arguments: Sequence[Tensor], like: TensorList) -> TensorList:
@@ -153,8 +156,9 @@ def recorded(
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise Unrecordable("a transform of torch.func is running")
 
+    recorder = Recorder(params, data, lambda out, leaves, operands: Opaque(caller, out, leaves, operands))
+
     def run() -> Tape | None:
-        recorder = Recorder(params, data, lambda out, leaves, operands: Opaque(caller, out, leaves, operands))
         with recorder:
             outputs = model.outputs(inputs)
         return recorder.tape(outputs)

@@ -75,9 +75,9 @@ class Node:
         """What goes back to operand ``i``; added to ``into`` in place and returned where that is given."""
         raise NotImplementedError
 
-    def vjps(self, cotangent: Tensor, into: Sequence[Tensor | None]) -> list[Tensor]:
-        """The same for all wanted operands, in their order."""
-        return [self.vjp(i, cotangent, t) for i, t in zip(self.wanted, into, strict=True)]
+    def vjps(self, cotangent: Tensor) -> list[Tensor]:
+        """New tensors for all wanted operands, in their order; for a node that has them from one call."""
+        return [self.vjp(i, cotangent, None) for i in self.wanted]
 
     def batch_dim(self, dims: Sequence[int | None], batch: int) -> int | None:
         """Which dimension of the result runs over the ``batch`` examples, from those of the operands; None for none.
@@ -171,9 +171,15 @@ class Tape:
         self._output = output.slot
         self._num_slots = num_slots
         last = {slot: k for k, node in enumerate(self.nodes) for slot in node.slots if slot >= num_params}
-        self._dead: list[list[int]] = [[] for _ in self.nodes]
+        dead: list[list[int]] = [[] for _ in self.nodes]
         for slot, k in last.items():
-            self._dead[k].append(slot)
+            dead[k].append(slot)
+        # What each pass needs of a node, looked up once: small models spend their time on such things.
+        self._forward = [(node.jvp, node.output, node.slots, ends) for node, ends in zip(self.nodes, dead, strict=True)]
+        self._backward = [
+            (node, node.output, [(i, node.slots[i]) for i in node.wanted], type(node).vjps is not Node.vjps)
+            for node in reversed(self.nodes)
+        ]
 
     @property
     def output_slot(self) -> int:
@@ -183,8 +189,9 @@ class Tape:
         """J v, in memory of its own."""
         found: list[Tensor | None] = [None] * self._num_slots
         found[: self.num_params] = v
-        for node, dead in zip(self.nodes, self._dead, strict=True):
-            found[node.output] = node.jvp([None if s < 0 else found[s] for s in node.slots])
+        found.append(None)  # what slot -1, of a constant, stands for
+        for jvp, output, slots, dead in self._forward:
+            found[output] = jvp([found[s] for s in slots])
             for slot in dead:
                 found[slot] = None
         result = found[self._output]
@@ -206,25 +213,21 @@ class Tape:
             found[self._output] = u.clone() if present is None else present.add_(u)
             return found[: self.num_params]
         found[self._output] = u
-        for node in reversed(self.nodes):
-            cotangent = found[node.output]
+        for node, output, sinks, jointly in self._backward:
+            cotangent = found[output]
             if cotangent is None:
                 continue
-            found[node.output] = None
-            slots = [node.slots[i] for i in node.wanted]
-            given = [found[s] if own[s] and in_place else None for s in slots]
-            if len(set(slots)) < len(slots):  # x * x: the second must see what the first has added
-                given = [None] * len(slots)
-            for slot, before, result in zip(slots, given, node.vjps(cotangent, given), strict=True):
+            found[output] = None
+            results = node.vjps(cotangent) if jointly else None
+            for k, (i, slot) in enumerate(sinks):
                 present = found[slot]
-                if before is not None or present is None:
-                    if before is None:
-                        own[slot] = not node.shares_memory
-                    found[slot] = result
-                elif own[slot] and in_place:
-                    found[slot] = present.add_(result)
-                else:
-                    found[slot], own[slot] = present + result, True
+                reused = present if own[slot] and in_place else None
+                result = node.vjp(i, cotangent, reused) if results is None else accumulated(results[k], reused)
+                if present is None:
+                    own[slot] = not node.shares_memory
+                elif reused is None:
+                    result, own[slot] = present + result, True
+                found[slot] = result
         for slot in range(self.num_params):
             tensor = found[slot]
             if tensor is not None and not own[slot]:

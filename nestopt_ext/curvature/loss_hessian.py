@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -58,6 +59,10 @@ class LossHessian(ABC):
     @abstractmethod
     def products(self, u: Tensor) -> Tensor:
         """H u for k tensors, [k, *shape of the outputs]; without graph."""
+
+    def scaled(self, scale: float | Tensor) -> LossHessian:
+        """The same times a number, 0-dim."""
+        return ScaledLossHessian(self, scale)
 
     @abstractmethod
     def factor(self) -> tuple[Tensor, Tensor] | None:
@@ -162,9 +167,26 @@ class _Softmax(LossHessian):
         self._dim = 0 if outputs.dim() == 1 else 1
         self._row_weight = known.row_weight(outputs, targets, denominator)
 
+    def product(self, u: Tensor) -> Tensor:
+        """By the op itself, in place on a copy of ``u``."""
+        with torch.no_grad():
+            if u.dim() == 2:
+                rows = u.clone(memory_format=torch.contiguous_format)
+                _functions.softmax_hessian_(rows, self.outputs, self._row_weight)
+                return rows
+            rows = u.movedim(self._dim, -1).clone(memory_format=torch.contiguous_format)
+            _functions.softmax_hessian_(rows, self._rows(self.outputs), self._row_weight)
+            return rows.movedim(-1, self._dim)
+
     def _product(self, u: Tensor) -> Tensor:
         rows = _functions.softmax_hessian(self._rows(self.outputs), u.movedim(self._dim, -1), self._row_weight)
         return rows.movedim(-1, self._dim)
+
+    def scaled(self, scale: float | Tensor) -> LossHessian:
+        """With scaled row weights."""
+        result = copy.copy(self)
+        result._row_weight = (self._row_weight * scale).to(self._row_weight.dtype)
+        return result
 
     def products(self, u: Tensor) -> Tensor:
         with torch.no_grad():
@@ -221,6 +243,10 @@ class DiagonalLossHessian(LossHessian):
     def _product(self, u: Tensor) -> Tensor:
         return self._entries * u
 
+    def scaled(self, scale: float | Tensor) -> LossHessian:
+        """With scaled entries."""
+        return DiagonalLossHessian(self.name, self.outputs, self._entries * scale)
+
     def products(self, u: Tensor) -> Tensor:
         """The entries times each of k tensors."""
         with torch.no_grad():
@@ -263,6 +289,10 @@ class OuterProducts(LossHessian):
         if self._dims:
             dots = dots.sum([d - self._gradient.dim() for d in self._dims], keepdim=True)
         return self._weighted * dots
+
+    def scaled(self, scale: float | Tensor) -> LossHessian:
+        """With a scaled weight."""
+        return OuterProducts(self.outputs, self._gradient, self._dims, self._weight * scale)
 
     def products(self, u: Tensor) -> Tensor:
         """Each of k tensors times the same."""
@@ -335,17 +365,17 @@ class _DoubleBackward(LossHessian):
 class ScaledLossHessian(LossHessian):
     """The Hessian of a part of a loss, which counts ``scale`` times."""
 
-    def __init__(self, hessian: LossHessian, scale: float) -> None:
+    def __init__(self, hessian: LossHessian, scale: float | Tensor) -> None:
         super().__init__(hessian.name, hessian.outputs)
         self._hessian = hessian
         self._scale = scale
 
     def _product(self, u: Tensor) -> Tensor:
-        return self._scale * self._hessian._product(u)
+        return (self._scale * self._hessian._product(u)).to(u.dtype)
 
     def products(self, u: Tensor) -> Tensor:
         """The part's, scaled."""
-        return self._scale * self._hessian.products(u)
+        return (self._scale * self._hessian.products(u)).to(u.dtype)
 
     def factor(self) -> tuple[Tensor, Tensor] | None:
         """The part's, with scaled weights."""

@@ -104,6 +104,18 @@ class Product:
         found = self._operator.flat_series(self._in(self._narrowed(vector)), num_terms, alpha, damping)
         return None if found is None else (self._out(found[0]), found[1])
 
+    def loop(
+        self, vector: TensorList, num_terms: int, alpha: Tensor, damping: float
+    ) -> tuple[TensorList, Tensor] | None:
+        """The same by ``num_terms`` products, where the operator steps a vector inside its products."""
+        if self._operator is None or self._narrow:
+            return None
+        found = self._operator.flat_loop(self._in(vector), num_terms, alpha, damping)
+        if found is None:
+            return None
+        self.count += num_terms
+        return self._out(found[0]), found[1]
+
     def largest_eigenvalue(self) -> Tensor | None:
         return None if self._operator is None else self._operator.largest_eigenvalue()
 

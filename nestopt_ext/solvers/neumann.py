@@ -152,7 +152,7 @@ def series(
         factor = _Preconditioned(system, damping, system.product.beside(preconditioner, "preconditioner"))
     start = factor.start()
     step = factor.largest_step(start) if isinstance(alpha, str) else alpha_tensor(alpha)
-    found = _closed_form(system, num_terms, step, damping) if preconditioner is None else None
+    found = _by_operator(system, num_terms, step, damping, rtol > 0) if preconditioner is None else None
     limit = None
     if found is None:
         if rtol > 0:
@@ -273,9 +273,15 @@ class _Preconditioned:
 _Factor: TypeAlias = _Plain | _Preconditioned
 
 
-def _closed_form(system: System, num_terms: int, step: Tensor, damping: float) -> tuple[TensorList, TensorList] | None:
+def _by_operator(
+    system: System, num_terms: int, step: Tensor, damping: float, may_end: bool
+) -> tuple[TensorList, TensorList] | None:
+    """The sum as the operator finds it, in closed form or, unless it may end early, by products of its own."""
     if system.columns is None:
-        found = system.product.series([t.detach() for t in system.v], num_terms, step, damping)
+        v = [t.detach() for t in system.v]
+        found = system.product.series(v, num_terms, step, damping)
+        if found is None and not may_end:
+            found = system.product.loop(v, num_terms, step, damping)
         return None if found is None else (found[0], [found[1]])
     sums, histories = [], []
     for row in zip(*system.rows(), strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,37 +21,36 @@ class Linear(Node):
         super().__init__(x, weight, bias)
         self.x, self.weight = value_of(x), value_of(weight)
         self.macs = self.x.numel() * self.weight.shape[0]
+        self._rows = self.x if self.x.dim() == 2 else self.x.reshape(-1, self.x.shape[-1])
 
     def jvp(self, tangents: Sequence[Tensor | None]) -> Tensor:
         of_x, of_weight, of_bias = tangents
-        result = None
-        if of_weight is not None:
-            result = F.linear(self.x, of_weight, of_bias)
-        elif of_bias is not None:
+        if of_weight is None:
             if of_x is not None:
                 return F.linear(of_x, self.weight, of_bias)
+            assert of_bias is not None
             return of_bias.expand(*self.x.shape[:-1], -1).clone()
+        result = F.linear(self.x, of_weight, of_bias)
         if of_x is None:
-            assert result is not None
             return result
-        if result is None:
-            return F.linear(of_x, self.weight)
-        if result.dim() != 2:
-            return result + F.linear(of_x, self.weight)
-        return result.addmm(of_x, self.weight.t())
+        if result.dim() == 2:
+            return result.addmm(of_x, self.weight.t())
+        return result + F.linear(of_x, self.weight)
 
     def vjp(self, i: int, cotangent: Tensor, into: Tensor | None) -> Tensor:
-        rows = cotangent.reshape(-1, cotangent.shape[-1])
+        rows = cotangent if cotangent.dim() == 2 else cotangent.reshape(-1, cotangent.shape[-1])
         if i == 2:
             return accumulated(rows.sum(0), into)
-        left, right = (rows, self.weight) if i == 0 else (rows.t(), self.x.reshape(-1, self.x.shape[-1]))
+        left, right = (rows, self.weight) if i == 0 else (rows.t(), self._rows)
         if into is None:
-            product: Tensor = left @ right
-            return product.view(self.x.shape if i == 0 else self.weight.shape)
+            product = torch.mm(left, right)
+            return product if i == 1 or self.x.dim() == 2 else product.view(self.x.shape)
+        if into.dim() == 2:
+            return into.addmm_(left, right)
         if into.is_contiguous():
             into.view(left.shape[0], right.shape[1]).addmm_(left, right)
             return into
-        return accumulated((left @ right).view(into.shape), into)
+        return accumulated(torch.mm(left, right).view(into.shape), into)
 
     def batch_dim(self, dims: Sequence[int | None], batch: int) -> int | None:
         """That of x, unless it is the one that is summed over."""
