@@ -67,7 +67,7 @@ class DualSpace:
             rows = [t.unsqueeze(0).to(_reference.opmath(t.dtype)) for t in v]
             projections = self._low_rank.project(rows)[0]
             sq_norms = projections.new_zeros(num_terms + 1)
-            sq_norms[0] = _lists.norm(v).to(projections).square()
+            sq_norms[0] = _square(rows, projections)
             c = torch.zeros_like(projections)
             _ops.dual_series_(c, sq_norms, gram, self._low_rank.weights, projections, alpha, damping=damping)
             q = 1 - alpha * damping
@@ -164,3 +164,15 @@ class DualSpace:
             factor, info = torch.linalg.cholesky_ex(matrix)
             self._factor = damping, torch.where(info != 0, float("nan"), factor)
         return root * torch.cholesky_solve((root * inside).T, self._factor[1]).T
+
+
+def _square(v: TensorList, like: Tensor) -> Tensor:
+    """The squared norm of a list, 0-dim, multiplied in its dtypes and summed in that of ``like``."""
+    total = torch.zeros_like(like[:1])
+    for t in v:
+        row = t.reshape(1, -1)
+        part = total if t.device == total.device else torch.zeros_like(total, device=t.device)
+        _ops.row_dot_(part, row, row)
+        if part is not total:
+            total += part.to(total.device)
+    return total[0]

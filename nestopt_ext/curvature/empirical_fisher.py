@@ -75,7 +75,11 @@ class EmpiricalFisher(ModelCurvature):
                 (found,) = torch.autograd.grad(terms.sum(), leaf, allow_unused=True)
             return torch.zeros_like(leaf) if found is None else found.detach()
 
-        gradient: Tensor = call(gradients).value
+        if known is None:
+            gradient: Tensor = call(gradients).value
+        else:  # nothing to put back
+            with torch.enable_grad():
+                gradient = gradients()
         if known is None:
             mean = reduction_of(self._criterion) == "mean"
             denominator: Tensor | float = len(gradient) / share if mean else 1.0
