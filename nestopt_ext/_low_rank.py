@@ -28,6 +28,9 @@ Scale: TypeAlias = float | Tensor | None
 class RowBlock(ABC):
     """The part of r rows that belongs to one tensor: [r, *shape], of which only columns need ever exist."""
 
+    #: Elements that are formed together.
+    unit: int = 1
+
     def __init__(self, count: int, shape: torch.Size, device: torch.device) -> None:
         self.count = count
         self.shape = shape
@@ -39,8 +42,9 @@ class RowBlock(ABC):
         """The rows in the elements from ``start`` to ``stop`` of the flattened tensor, [r, stop - start]; only read."""
 
     def pieces(self) -> Iterator[tuple[int, int]]:
-        """Ranges of elements whose columns fit into memory at once."""
+        """Ranges of elements whose columns fit into memory at once, cut where forming them is cheapest."""
         width = max(1, AT_ONCE // max(1, self.count))
+        width = max(1, width // self.unit) * self.unit
         for start in range(0, self.numel, width):
             yield start, min(start + width, self.numel)
 
@@ -95,6 +99,7 @@ class StackedRows(RowBlock):
 
     def __init__(self, blocks: Sequence[RowBlock]) -> None:
         super().__init__(sum(b.count for b in blocks), blocks[0].shape, blocks[0].device)
+        self.unit = max(b.unit for b in blocks)
         self._blocks = blocks
         self._ends = torch.tensor([b.count for b in blocks]).cumsum(0).tolist()
 

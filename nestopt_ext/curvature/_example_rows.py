@@ -25,12 +25,13 @@ class OuterRows(RowBlock):
         super().__init__(len(left), shape, left.device)
         self.left, self.right = left, gradients.right
         self._batch, self._positions, self._groups, self._in = self.right.shape
+        self.unit = max(1, self._in)
         self._out = left.shape[3]
         self._copies = len(left) // max(1, self._batch)
 
     def columns(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Formed for the output units that the range touches."""
-        width = max(1, self._in)
+        width = self.unit
         first, last = start // width, -(-stop // width)
         parts = []
         for g in range(first // self._out, -(-last // self._out)):
@@ -92,7 +93,7 @@ class OuterRows(RowBlock):
                 _ops.row_dot_(total[0], left, z.view(self._batch, -1))
                 continue
             z = z.view(self._batch, self._positions, k, self._out).transpose(1, 2).reshape(self._batch, k, -1)
-            left = left.view(self._copies, self._batch, -1).permute(1, 2, 0)
+            left = left.reshape(self._copies, self._batch, -1).permute(1, 2, 0)
             total += (z @ left).permute(1, 2, 0).reshape(k, self.count)
         return total
 
@@ -102,7 +103,7 @@ class OuterRows(RowBlock):
         c = c.to(dtype).view(k, self._copies, self._batch)
         target = onto.view(k, self._groups, self._out, self._in)
         for g in range(self._groups):
-            left = self.left[:, :, g].to(dtype).view(self._copies, self._batch, -1)
+            left = self.left[:, :, g].to(dtype).reshape(self._copies, self._batch, -1)
             combined = _combined(c, left).reshape(k, self._batch * self._positions, self._out)
             features = self.right[:, :, g].reshape(-1, self._in).to(dtype)
             if self._groups == 1:
@@ -118,6 +119,7 @@ class SummedRows(RowBlock):
     def __init__(self, blocks: Sequence[RowBlock]) -> None:
         super().__init__(blocks[0].count, blocks[0].shape, blocks[0].device)
         self._blocks = blocks
+        self.unit = max(block.unit for block in blocks)
 
     def columns(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Their sum."""
