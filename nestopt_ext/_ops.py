@@ -356,11 +356,12 @@ def check_hadamard_gram(gram: Tensor, x: Tensor, y: Tensor, *, positions: int = 
     check.shape("gram", gram, gram.shape[1] == rows, "be square")
     check.operand("x", x, ("gram", gram), _FACTORS)
     check.rank("x", x, 2, "rows and features")
-    count = rows * positions
-    check.shape("x", x, x.shape[0] == count, f"have {count} rows, positions = {positions} for each row of gram")
+    whole = x.shape[0] % positions == 0 and x.shape[0] // positions == rows
+    check.shape("x", x, whole, f"have positions = {positions} rows for each of the {rows} of gram")
     check.operand("y", y, ("x", x), _SAME)
     check.rank("y", y, 2, "rows and features")
-    whole = y.shape[0] % positions == 0 and (count % y.shape[0] == 0 if y.shape[0] > 0 else count == 0)
+    examples = y.shape[0] // positions
+    whole = y.shape[0] % positions == 0 and (rows % examples == 0 if examples > 0 else rows == 0)
     check.shape("y", y, whole, f"have positions = {positions} rows for each of a divisor of {rows} examples")
     check.memory()
     return [gram]

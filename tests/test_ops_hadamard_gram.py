@@ -31,6 +31,7 @@ SIZES = [
     (24, 6, 4, 5, 3),
     (90, 45, 2, 3, 3),
     (3, 3, 1100, 2, 3),
+    (4, 2, 600, 2, 2),
     (4, 2, 1500, 2, 2),
     (400, 200, 6, 2, 3),
 ]
@@ -294,12 +295,12 @@ HOSTILE = {
     "x of other rows": (
         lambda: _with(x=torch.zeros(5, 4)),
         ValueError,
-        "x must have 6 rows, positions = 1 for each row of gram; got shape (5, 4).",
+        "x must have positions = 1 rows for each of the 6 of gram; got shape (5, 4).",
     ),
     "x of fewer positions": (
         lambda: _with(2, x=torch.zeros(6, 4)),
         ValueError,
-        "x must have 12 rows, positions = 2 for each row of gram; got shape (6, 4).",
+        "x must have positions = 2 rows for each of the 6 of gram; got shape (6, 4).",
     ),
     "y of another dtype": (
         lambda: _with(y=torch.zeros(3, 5, dtype=torch.bfloat16)),

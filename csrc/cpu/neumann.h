@@ -14,4 +14,8 @@ template <class V, class A>
 void neumann_chunks(const TensorList<3>& list, int64_t first, int64_t last, const NeumannScalars<math_t<V>>& scalars,
                     double* sq_norms);
 
+// The same where v has been stepped already: only adds it to p. The operands are v and p.
+template <class V>
+void neumann_sum_chunks(const TensorList<2>& list, int64_t first, int64_t last, double* sq_norms);
+
 }  // namespace nestopt::cpu

@@ -25,4 +25,17 @@ __device__ __forceinline__ double block_sum(double x) {
   return x;
 }
 
+// The sum over a group of threads, added up in an order that never changes; the first one gets it. kGroup is a warp, or
+// the whole block, all of which must call it.
+template <int kGroup>
+__device__ __forceinline__ double group_sum(double x) {
+  if constexpr (kGroup > 32) {
+    return block_sum<kGroup>(x);
+  } else {
+    static_assert(kGroup == 32);
+    for (int step = 16; step > 0; step /= 2) x += __shfl_down_sync(~0u, x, step);
+    return x;
+  }
+}
+
 }  // namespace nestopt::cuda

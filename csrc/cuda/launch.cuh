@@ -16,4 +16,12 @@ cudaError_t launch(void (*kernel)(Parameters...), uint32_t blocks, uint32_t thre
   return cudaLaunchKernel(kernel, dim3(blocks), dim3(threads), addresses, 0, stream);
 }
 
+// The same for blocks that wait for one another; there must not be more of them than can run at once.
+template <class... Parameters>
+cudaError_t launch_together(void (*kernel)(Parameters...), uint32_t blocks, uint32_t threads, cudaStream_t stream,
+                            const std::type_identity_t<std::remove_cvref_t<Parameters>>&... arguments) {
+  void* addresses[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+  return cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(threads), addresses, 0, stream);
+}
+
 }  // namespace nestopt::cuda

@@ -15,24 +15,15 @@ struct NeumannArguments {
   double* partials;  // one for each chunk of the list, or null
 };
 
-template <class V, class A, bool kNorm>
-class NeumannOp {
+// The squared norm of what a block sees of the new v. The sum of a chunk has its own place, whichever block comes to
+// it.
+template <bool kNorm>
+class ChunkNorms {
  public:
-  using M = math_t<V>;
-  using Operands = cuda::Operands<V, V, const A>;
-  using Arguments = NeumannArguments;
-
-  __device__ __forceinline__ explicit NeumannOp(const Arguments& a)
-      : scalars_{static_cast<M>(a.alpha.get()), static_cast<M>(a.damping)}, partials_(a.partials) {}
-
-  __device__ __forceinline__ bool wanted() const { return true; }
-
-  __device__ __forceinline__ void operator()(V& v, V& p, const A& av) {
-    const double now = nestopt::neumann<V>(scalars_, static_cast<M>(load(av)), v, p);
-    if constexpr (kNorm) sum_ += now * now;
+  __device__ __forceinline__ explicit ChunkNorms(double* partials) : partials_(partials) {}
+  __device__ __forceinline__ void include(double x) {
+    if constexpr (kNorm) sum_ += x * x;
   }
-
-  // The sum of a chunk has its own place, whichever block comes to it.
   __device__ __forceinline__ void end_chunk(int64_t chunk) {
     if constexpr (kNorm) {
       const double sum = block_sum<kThreads>(sum_);
@@ -42,9 +33,53 @@ class NeumannOp {
   }
 
  private:
-  NeumannScalars<M> scalars_;
   double* partials_;
   double sum_ = 0;
+};
+
+template <class V, class A, bool kNorm>
+class NeumannOp {
+ public:
+  using M = math_t<V>;
+  using Operands = cuda::Operands<V, V, const A>;
+  using Arguments = NeumannArguments;
+
+  __device__ __forceinline__ explicit NeumannOp(const Arguments& a)
+      : scalars_{static_cast<M>(a.alpha.get()), static_cast<M>(a.damping)}, norms_(a.partials) {}
+
+  __device__ __forceinline__ bool wanted() const { return true; }
+
+  __device__ __forceinline__ void operator()(V& v, V& p, const A& av) {
+    norms_.include(nestopt::neumann<V>(scalars_, static_cast<M>(load(av)), v, p));
+  }
+
+  __device__ __forceinline__ void end_chunk(int64_t chunk) { norms_.end_chunk(chunk); }
+
+ private:
+  NeumannScalars<M> scalars_;
+  ChunkNorms<kNorm> norms_;
+};
+
+struct NeumannSumArguments {
+  double* partials;  // as above
+};
+
+template <class V, bool kNorm>
+class NeumannSumOp {
+ public:
+  using Operands = cuda::Operands<const V, V>;
+  using Arguments = NeumannSumArguments;
+
+  __device__ __forceinline__ explicit NeumannSumOp(const Arguments& a) : norms_(a.partials) {}
+
+  __device__ __forceinline__ bool wanted() const { return true; }
+
+  __device__ __forceinline__ void operator()(const V& v, V& p) { norms_.include(nestopt::neumann_sum(v, p)); }
+
+  __device__ __forceinline__ void end_chunk(int64_t chunk) { norms_.end_chunk(chunk); }
+
+ private:
+  ChunkNorms<kNorm> norms_;
 };
 
 constexpr uint32_t kSumThreads = 1024;

@@ -37,6 +37,7 @@ class BoxedArguments {
     const c10::IValue& value = *next_++;
     return value.isNone() ? nullptr : &value.toTensor();
   }
+  int64_t integer() { return next_++->toInt(); }
   double number() { return next_++->toDouble(); }
   bool flag() { return next_++->toBool(); }
 

@@ -17,9 +17,6 @@
 namespace nestopt::ops {
 namespace {
 
-constexpr at::ScalarType kFloating[] = {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf};
-constexpr at::ScalarType kReal[] = {at::kFloat, at::kDouble};
-
 bool contains(c10::ArrayRef<at::ScalarType> dtypes, at::ScalarType dtype) {
   return std::find(dtypes.begin(), dtypes.end(), dtype) != dtypes.end();
 }
@@ -151,6 +148,10 @@ c10::ArrayRef<at::ScalarType> product_dtypes(at::ScalarType leading) {
   return leading == at::kFloat ? c10::ArrayRef<at::ScalarType>(kBesideFloat) : same_dtype(leading);
 }
 
+c10::ArrayRef<at::ScalarType> factor_dtypes(at::ScalarType leading) {
+  return leading == at::kDouble ? c10::ArrayRef<at::ScalarType>(kFloating) : product_dtypes(leading);
+}
+
 double cpu_value(const at::Tensor& t) {
   return t.scalar_type() == at::kDouble ? *t.const_data_ptr<double>() : *t.const_data_ptr<float>();
 }
@@ -205,12 +206,12 @@ void ListCheck::may_write(const Argument& argument, int64_t i) const {
                     " must not be an inference tensor outside inference mode; got one. Pass a clone.");
 }
 
-void ListCheck::lead(const Argument& argument) {
+void ListCheck::lead(const Argument& argument, c10::ArrayRef<at::ScalarType> dtypes) {
   leader_ = argument;
   for (int64_t i = 0; i < leader_.size(); ++i) {
     const at::Tensor& t = leader_[i];
     strided(leader_, i);
-    TORCH_CHECK_TYPE(contains(kFloating, t.scalar_type()), op_, ": ", leader_.label(i), " must be ", either(kFloating),
+    TORCH_CHECK_TYPE(contains(dtypes, t.scalar_type()), op_, ": ", leader_.label(i), " must be ", either(dtypes),
                      "; got ", name_of(t.scalar_type()), ".");
     TORCH_CHECK_VALUE(t.device() == leader_[0].device(), op_, ": ", leader_.label(i), " must be on ",
                       leader_[0].device(), ", the device of ", leader_.label(0), "; got ", t.device(),
@@ -243,17 +244,51 @@ void ListCheck::follow(const Argument& argument, DtypeRule rule) {
 }
 
 void ListCheck::rank(const char* name, const at::Tensor& t, int64_t dims, const char* meaning) const {
-  TORCH_CHECK_VALUE(t.dim() == dims, op_, ": ", name, " must have ", dims, " dimensions, ", meaning, "; got shape ",
-                    tuple_of(t.sizes()), ".");
+  strided({name, nullptr, &t, false}, 0);
+  TORCH_CHECK_VALUE(t.dim() == dims, op_, ": ", name, " must have ", dims, dims == 1 ? " dimension, " : " dimensions, ",
+                    meaning, "; got shape ", tuple_of(t.sizes()), ".");
+}
+
+void ListCheck::vector(const char* name, const at::Tensor& t, const char* meaning) {
+  const Argument argument{name, nullptr, &t, true};
+  strided(argument, 0);
+  beside(argument, 0);
+  const std::string wanted = name_of(leader_[0].scalar_type());
+  TORCH_CHECK_TYPE(t.scalar_type() == leader_[0].scalar_type(), op_, ": ", name, " must be ", wanted, " beside ",
+                   leader_.name, " of ", wanted, "; got ", name_of(t.scalar_type()), ".");
+  TORCH_CHECK_VALUE(t.dim() == 1 && t.numel() > 0, op_, ": ", name,
+                    " must have one dimension and an element at least, ", meaning, "; got shape ", tuple_of(t.sizes()),
+                    ".");
+  may_write(argument, 0);
+  arguments_.push_back(argument);
+}
+
+void ListCheck::refuse_shape(const char* name, const at::Tensor& t, const std::string& rule) const {
+  TORCH_CHECK_VALUE(false, op_, ": ", name, " must ", rule, "; got shape ", tuple_of(t.sizes()), ".");
+}
+
+void ListCheck::operand(const char* name, const at::Tensor& t, const char* other, const at::Tensor& lead,
+                        DtypeRule rule) {
+  const Argument argument{name, nullptr, &t, false};
+  strided(argument, 0);
+  TORCH_CHECK_VALUE(t.device() == lead.device(), op_, ": ", name, " must be on ", lead.device(), ", the device of ",
+                    other, "; got ", t.device(), ".");
+  const c10::ArrayRef<at::ScalarType> allowed = rule(lead.scalar_type());
+  TORCH_CHECK_TYPE(contains(allowed, t.scalar_type()), op_, ": ", name, " must be ", either(allowed), " beside ", other,
+                   " of ", name_of(lead.scalar_type()), "; got ", name_of(t.scalar_type()), ".");
+  arguments_.push_back(argument);
 }
 
 void ListCheck::row_numbers(const char* name, const at::Tensor& t) {
+  shaped(name, t, leader_[0].sizes().slice(0, 1), std::string("a number for each row of ") + leader_.name);
+}
+
+void ListCheck::shaped(const char* name, const at::Tensor& t, at::IntArrayRef shape, const std::string& meaning) {
   const Argument argument{name, nullptr, &t, false};
   real(argument, 0);
   beside(argument, 0);
-  const at::IntArrayRef rows = leader_[0].sizes().slice(0, 1);
-  TORCH_CHECK_VALUE(t.sizes() == rows, op_, ": ", name, " must have a number for each row of ", leader_.name,
-                    ", shape ", tuple_of(rows), "; got ", tuple_of(t.sizes()), ".");
+  TORCH_CHECK_VALUE(t.sizes() == shape, op_, ": ", name, " must have ", meaning, ", shape ", tuple_of(shape), "; got ",
+                    tuple_of(t.sizes()), ".");
   arguments_.push_back(argument);
 }
 

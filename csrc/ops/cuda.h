@@ -17,6 +17,15 @@ class CurrentDevice {
   explicit CurrentDevice(const at::Tensor& t) : guard_(t.device()) {}
   cudaStream_t stream() const { return c10::cuda::getCurrentCUDAStream().stream(); }
 
+  // How many blocks that take a whole multiprocessor each can wait for one another; 1 where none can.
+  uint32_t blocks_together() const {
+    const int device = guard_.current_device().index();
+    int can = 0, multiprocessors = 1;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&can, cudaDevAttrCooperativeLaunch, device));
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    return can ? static_cast<uint32_t>(multiprocessors) : 1;
+  }
+
  private:
   c10::cuda::CUDAGuard guard_;
 };

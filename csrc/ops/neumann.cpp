@@ -22,7 +22,7 @@ namespace {
 struct Arguments {
   TensorRefs v;
   TensorRefs p;
-  TensorRefs av;
+  TensorRefs av;  // or empty: v has been stepped already
   const at::Tensor* alpha;
   double damping;
   const at::Tensor* sq_norm;  // or null
@@ -32,18 +32,29 @@ void check(const Arguments& a, ListCheck& checks) {
   checks.finite("damping", a.damping);
   checks.leading("v", a.v);
   checks.following("p", a.p, same_dtype, true);
-  checks.following("av", a.av, product_dtypes, false);  // a 16-bit series would lose its terms after a few
+  // A 16-bit series would lose its terms after a few.
+  if (!a.av.empty()) checks.following("av", a.av, product_dtypes, false);
   checks.scalar("alpha", a.alpha, false, true);
   checks.scalar("sq_norm", a.sq_norm, true, false);
   checks.memory();
   if (a.alpha->is_cpu()) checks.finite("alpha", cpu_value(*a.alpha));
 }
 
-// Calls visit(V{}, A{}, list) for each pair of dtypes that is there.
+struct Stepped {};  // in place of the dtype of av, where there is none
+
+// Calls visit(V{}, A{}, list) for each pair of dtypes that is there; without av, visit(V{}, Stepped{}, list of v and
+// p).
 template <class Visit>
 void visit_lists(const Arguments& a, Visit visit) {
   for_each_dtype(a.v, [&](at::ScalarType v_dtype, auto v_type) {
     using V = decltype(v_type);
+    if (a.av.empty()) {
+      const auto list = collect<2>(
+          static_cast<int64_t>(a.v.size()), [&](int64_t i) { return a.v[i]->scalar_type() == v_dtype; },
+          [&](int64_t i) -> Operands<2> { return {a.v[i], a.p[i]}; });
+      if (list.numel() > 0) visit(v_type, Stepped{}, list);
+      return;
+    }
     const auto visit_products = [&](at::ScalarType av_dtype, auto av_type) {
       const auto keep = [&](int64_t i) {
         return a.v[i]->scalar_type() == v_dtype && a.av[i]->scalar_type() == av_dtype;
@@ -64,12 +75,17 @@ void run_cpu(const Arguments& a) {
   double sq_norm = 0;
   visit_lists(a, [&](auto v_type, auto av_type, const auto& list) {
     using V = decltype(v_type);
+    using A = decltype(av_type);
     using M = math_t<V>;
     const NeumannScalars<M> scalars{static_cast<M>(cpu_value(*a.alpha)), static_cast<M>(a.damping)};
     std::vector<double> sq_norms(a.sq_norm ? list.chunks() : 0);
+    double* const norms = sq_norms.empty() ? nullptr : sq_norms.data();
     parallel_chunks(list, [&](int64_t first, int64_t last) {
-      cpu::neumann_chunks<V, decltype(av_type)>(list, first, last, scalars,
-                                                sq_norms.empty() ? nullptr : sq_norms.data());
+      if constexpr (std::is_same_v<A, Stepped>) {
+        cpu::neumann_sum_chunks<V>(list, first, last, norms);
+      } else {
+        cpu::neumann_chunks<V, A>(list, first, last, scalars, norms);
+      }
     });
     sq_norm = std::accumulate(sq_norms.begin(), sq_norms.end(), sq_norm);
   });
@@ -95,8 +111,13 @@ void run_cuda(const Arguments& a) {
     next = partials.mutable_data_ptr<double>();
   }
   visit_lists(a, [&](auto v_type, auto av_type, const auto& list) {
-    C10_CUDA_CHECK(
-        (cuda::neumann<decltype(v_type), decltype(av_type)>(list, scalar(*a.alpha), a.damping, next, on.stream())));
+    using V = decltype(v_type);
+    using A = decltype(av_type);
+    if constexpr (std::is_same_v<A, Stepped>) {
+      C10_CUDA_CHECK(cuda::neumann_sum<V>(list, next, on.stream()));
+    } else {
+      C10_CUDA_CHECK((cuda::neumann<V, A>(list, scalar(*a.alpha), a.damping, next, on.stream())));
+    }
     if (next != nullptr) next += cuda::neumann_partials(list);
   });
   if (a.sq_norm == nullptr) return;
