@@ -169,11 +169,11 @@ def products_are_cheaper(rows: int, batch: int, positions: int, out: int, featur
 def gram_macs(rows: int, batch: int, positions: int, out: int, features: int) -> tuple[float, float]:
     """Multiplications of the Gram matrix of one group by products of two Gram matrices, and by gradients.
 
-    Of the former half are left out, as they are symmetric; what is multiplied element by element counts several times,
-    since that is bound by memory.
+    Of the former half are left out, as they are symmetric; writing, multiplying and adding an element counts like a
+    hundred multiplications in a matrix product.
     """
     at_positions = float(rows * positions) ** 2
-    products = 0.5 * (at_positions * (out + 8) + float(batch * positions) ** 2 * features)
+    products = 0.5 * (at_positions * (out + 100) + float(batch * positions) ** 2 * features)
     formed = float(rows) * positions * out * features + float(rows) ** 2 * out * features
     return products, formed
 

@@ -41,7 +41,7 @@ def _with_inplace(record: Callable[..., Any], position: int) -> Callable[..., An
 @rule(F.relu, torch.relu, Tensor.relu)
 def relu(input: Operand, inplace: bool = False) -> Any:
     value = torch.relu(value_of(input))
-    return Factor(input, (value > 0).to(value.dtype)), value
+    return Factor(input, value.sign()), value  # 0 or 1, many times faster than a comparison
 
 
 _with_inplace(relu, 1)

@@ -66,7 +66,7 @@ class Linear(Node):
             raise MixesExamples("a linear layer has the same input for all examples")
         left = by_example(cotangent, dims[0], batch).reshape(batch, -1, cotangent.shape[-1])
         if i == 2:
-            return Rows(left.sum(1))
+            return Rows(left[:, 0] if left.shape[1] == 1 else left.sum(1))
         right = by_example(self.x, dims[0], batch).reshape(batch, -1, self.x.shape[-1])
         return OuterProducts(left.unsqueeze(2), right.unsqueeze(2))
 
