@@ -54,13 +54,11 @@ class RowBlock(ABC):
             rows = self.columns(start, stop, gram.dtype)
             gram.addmm_(_scaled(rows, scale, start, stop), rows.T)
 
-    def project(self, v: Tensor) -> Tensor:
-        """R v, [k, r], for k tensors [k, *shape], in the dtype of ``v``; sums over pieces are of the widest dtype."""
+    def add_projected(self, v: Tensor, onto: Tensor) -> None:
+        """Adds R v to ``onto`` [k, r], contiguous, for k tensors [k, *shape], multiplied in their dtype."""
         flat = v.reshape(len(v), self.numel)
-        total = torch.zeros((len(v), self.count), dtype=_lists.scalar_dtype(v.device), device=v.device)
         for start, stop in self.pieces():
-            total += flat[:, start:stop] @ self.columns(start, stop, v.dtype).T
-        return total
+            onto += flat[:, start:stop] @ self.columns(start, stop, v.dtype).T
 
     def add_lifted(self, c: Tensor, onto: Tensor) -> None:
         """Adds R' c to ``onto`` [k, *shape], contiguous, in place and in its dtype; ``c`` is [k, r]."""
@@ -125,9 +123,12 @@ class StackedRows(RowBlock):
                     gram[left, right] += product
                     gram[right, left] += product.T
 
-    def project(self, v: Tensor) -> Tensor:
+    def add_projected(self, v: Tensor, onto: Tensor) -> None:
         """Side by side."""
-        return torch.cat([block.project(v) for block in self._blocks], dim=1)
+        for place, block in self._parts():
+            part = torch.zeros_like(onto[:, place], memory_format=torch.contiguous_format)
+            block.add_projected(v, part)
+            onto[:, place] += part
 
     def add_lifted(self, c: Tensor, onto: Tensor) -> None:
         """One after the other."""
@@ -168,7 +169,10 @@ class LowRank:
             (len(v[0]) if v else 1, len(self.weights)), dtype=_lists.scalar_dtype(device), device=device
         )
         for block, t in zip(self.blocks, v, strict=True):
-            total += block.project(t).to(device)
+            part = total if block.device == device else torch.zeros_like(total, device=block.device)
+            block.add_projected(t, part)
+            if part is not total:
+                total += part.to(device)
         return total
 
     def lift(self, c: Tensor) -> TensorList:

@@ -69,7 +69,10 @@ def test_a_block_is_its_rows(name, pieces, monkeypatch):
         close(gram, wanted)
     for k in (1, 2, 5):
         v, c, onto = normal(8, k, *rows.shape[1:]), normal(9, k, len(rows)), normal(10, k, *rows.shape[1:])
-        close(block.project(v), v.reshape(k, flat.shape[1]) @ flat.T)
+        inside = normal(11, k, len(rows))
+        wanted = inside + v.reshape(k, flat.shape[1]) @ flat.T
+        block.add_projected(v, inside)
+        close(inside, wanted)
         wanted = onto + (c @ flat).view(onto.shape)
         block.add_lifted(c, onto)
         close(onto, wanted)
@@ -96,7 +99,9 @@ def test_sums_in_a_wider_dtype_keep_the_digits_of_single_precision():
     block.add_gram(gram)
     close(gram, exact @ exact.T)
     v, c = normal(2, 1, 30, 40), normal(3, 1, 8)
-    close(block.project(v), v.flatten(1) @ exact.T)
+    inside = torch.zeros(1, 8, dtype=F64)
+    block.add_projected(v, inside)
+    close(inside, v.flatten(1) @ exact.T)
     onto = torch.zeros(1, 30, 40, dtype=F64)
     block.add_lifted(c, onto)
     close(onto.flatten(1), c @ exact)

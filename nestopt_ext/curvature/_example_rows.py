@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _lists, _ops
+from .. import _ops
 from .._low_rank import ExplicitRows, RowBlock, Scale, ZeroRows
 from ._examples import Gradients
 from ._tape import OuterProducts, Rows
@@ -80,22 +80,20 @@ class OuterRows(RowBlock):
         _ops.hadamard_gram_(part, x, y, positions=self._positions)
         gram.add_(part.mul_(scale))
 
-    def project(self, v: Tensor) -> Tensor:
+    def add_projected(self, v: Tensor, onto: Tensor) -> None:
         """By one matrix product of the features with v, and the inner products of that with the left factors."""
         k, dtype = len(v), v.dtype
         v = v.reshape(k, self._groups, self._out, self._in)
-        total = v.new_zeros((k, self.count), dtype=_lists.scalar_dtype(v.device))
         for g in range(self._groups):
             features = self.right[:, :, g].reshape(-1, self._in).to(dtype)
             left = self.left[:, :, g].reshape(self.count, -1).to(dtype)
             z = features @ v[:, g].reshape(k * self._out, self._in).T
             if k == 1:
-                _ops.row_dot_(total[0], left, z.view(self._batch, -1))
+                _ops.row_dot_(onto[0], left, z.view(self._batch, -1))
                 continue
             z = z.view(self._batch, self._positions, k, self._out).transpose(1, 2).reshape(self._batch, k, -1)
             left = left.reshape(self._copies, self._batch, -1).permute(1, 2, 0)
-            total += (z @ left).permute(1, 2, 0).reshape(k, self.count)
-        return total
+            onto += (z @ left).permute(1, 2, 0).reshape(k, self.count)
 
     def add_lifted(self, c: Tensor, onto: Tensor) -> None:
         """By the sum of the left factors over cotangents first, then one matrix product with the features."""
@@ -128,12 +126,10 @@ class SummedRows(RowBlock):
             first = first + rows
         return first
 
-    def project(self, v: Tensor) -> Tensor:
-        """The sum of the projections."""
-        first, *others = (block.project(v) for block in self._blocks)
-        for part in others:
-            first += part
-        return first
+    def add_projected(self, v: Tensor, onto: Tensor) -> None:
+        """One after the other."""
+        for block in self._blocks:
+            block.add_projected(v, onto)
 
     def add_lifted(self, c: Tensor, onto: Tensor) -> None:
         """One after the other."""

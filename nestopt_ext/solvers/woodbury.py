@@ -90,7 +90,9 @@ def _solved(low_rank: LowRank, diagonal: list[_Entry], v: TensorList) -> tuple[T
         part = torch.zeros_like(core, device=t.device, dtype=wide.dtype)
         block.add_gram(part, 1 / d)
         core += part.to(core)
-        inside += block.project(wide / d).to(core)
+        projected = torch.zeros_like(inside, device=t.device, dtype=wide.dtype)
+        block.add_projected(wide / d, projected)
+        inside += projected.to(core)
         most = d.amax() if isinstance(d, Tensor) and d.numel() else d if isinstance(d, float) else 0.0
         lengths += (most * part.diagonal()).to(core)
         largest = torch.maximum(largest, torch.as_tensor(most, dtype=dtype, device=home))
