@@ -1,15 +1,17 @@
 """What every rule of a recording is held to, for a model of torch functions and one batch."""
 
 import warnings
+from contextlib import nullcontext, suppress
 
 import torch
 from torch import nn
-from torch.func import functional_call, grad, jvp, vjp, vmap
+from torch.func import functional_call, jvp, vjp, vmap
 
 from nestopt_ext.curvature import linearize
 from nestopt_ext.curvature._evaluation import Replay
 from nestopt_ext.curvature._model import Model
 from nestopt_ext.curvature._recording import recorded
+from nestopt_ext.curvature._tape import MixesExamples
 
 
 class Wrapped(nn.Module):
@@ -85,8 +87,36 @@ def check_rule(model, inputs, *, rtol=1e-12, opaque=()):
         assert torch.equal(p, params[n]) and p.grad is None
 
 
+def check_mixes(model, x):
+    """Examples are refused to be taken apart, although the model is recorded in full."""
+    with Replay().run() as call:
+        _, recording = recorded("test", Model("test", model), x, list(model.parameters()), call)
+    tape = recording.tape
+    assert not tape.opaque
+    try:
+        found = example_dims(tape, len(x))[tape.output_slot]
+    except MixesExamples:
+        return
+    assert found != 0
+
+
+def example_dims(tape, batch):
+    """For each slot, the dimension that runs over examples; what depends on data alone may mix them."""
+    dims = dict.fromkeys(range(tape.num_params))
+    dims.update((var.slot, 0) for var in tape.data)
+    for node in tape.all_nodes:
+        with nullcontext() if node.wanted else suppress(MixesExamples):
+            dims[node.output] = None
+            dims[node.output] = node.batch_dim([None if s < 0 else dims[s] for s in node.slots], batch)
+    return dims
+
+
+def rows_of(part):
+    return part.rows if hasattr(part, "rows") else torch.einsum("btgo,btgi->bgoi", part.left, part.right)
+
+
 def check_example_gradients(model, x, *, rtol=1e-12):
-    """The gradients of each param for each example, from one backward pass, equal those of one example at a time."""
+    """The gradients of each param for each example, from one backward pass, equal those of each example's outputs."""
     named = dict(model.named_parameters())
     params = {n: p.detach() for n, p in named.items()}
     batch = len(x)
@@ -95,35 +125,29 @@ def check_example_gradients(model, x, *, rtol=1e-12):
         outputs, recording = recorded("test", Model("test", model), x, list(named.values()), call)
     tape = recording.tape
     u = tangents({"u": outputs})["u"]
-    dims = {}
-    for slot in range(tape.num_params):
-        dims[slot] = None
-    for var in tape.data:
-        dims[var.slot] = 0
-    for node in tape.all_nodes:
-        dims[node.output] = node.batch_dim([None if s < 0 else dims[s] for s in node.slots], batch)
+    dims = example_dims(tape, batch)
     assert dims[tape.output_slot] == 0
-    found = {}
+    found = {}  # of what depends on params alone: for each example, [B, *shape]
     cotangents = {tape.output_slot: u}
     for node in reversed(tape.nodes):
-        cotangent = cotangents[node.output]
         of_slots = [None if s < 0 else dims[s] for s in node.slots]
         for i in node.wanted:
             slot = node.slots[i]
-            if slot < tape.num_params:
-                found.setdefault(slot, []).append(node.example_gradients(i, cotangent, of_slots, batch))
+            if dims[node.output] is None:
+                part = vmap(lambda c, node=node, i=i: node.vjp(i, c, None))(found[node.output])
+            elif dims[slot] is None:
+                part = rows_of(node.example_gradients(i, cotangents[node.output], of_slots, batch))
+                part = part.reshape(batch, *node.vjp(i, cotangents[node.output], None).shape)
             else:
-                part = node.vjp(i, cotangent, None)
-                cotangents[slot] = part if slot not in cotangents else cotangents[slot] + part
+                part = node.vjp(i, cotangents[node.output], None)
+            into = cotangents if dims[slot] is not None else found
+            into[slot] = part if slot not in into else into[slot] + part
 
-    def one(p, xn, un):
-        return (functional_call(model, p, (xn.unsqueeze(0),)).reshape(-1) * un.reshape(-1)).sum()
+    def whole(p):
+        torch.manual_seed(0)
+        return functional_call(model, p, (x,))
 
-    u = u.reshape(batch, -1)
-    expected = vmap(grad(one), in_dims=(None, 0, 0))(params, x, u)
+    apart = torch.eye(batch, dtype=u.dtype).view(batch, batch, 1) * u.reshape(batch, -1)
+    expected = vmap(vjp(whole, params)[1])(apart.view(batch, *u.shape))[0]
     for slot, name in enumerate(named):
-        total = 0
-        for part in found[slot]:
-            rows = part.rows if hasattr(part, "rows") else torch.einsum("btgo,btgi->bgoi", part.left, part.right)
-            total = total + rows.reshape(batch, *params[name].shape)
-        close(total, expected[name], rtol)
+        close(found.get(slot, torch.zeros_like(expected[name])), expected[name], rtol)

@@ -531,12 +531,37 @@ def test_params_changed_since_are_named():
 # ---- what PyTorch cannot do, and what callers get wrong -------------------------------------------------------------
 
 
+def test_fused_attention_is_taken_by_its_formula():
+    q, x = leaf(normal(0, 1, 2, 8, 16)), normal(1, 3, 2, 8, 16)
+    y, v = torch.zeros_like(x), normal(2, 1, 2, 8, 16)
+
+    def product():
+        operator = GaussNewton(
+            lambda x: F.scaled_dot_product_attention(x * q, x, x, is_causal=True), nn.MSELoss(), x, y, q
+        )
+        return operator(v)
+
+    found = product()
+    with sdpa_kernel(SDPBackend.MATH):
+        z = F.scaled_dot_product_attention(x * q, x, x, is_causal=True)
+        assert_equal(found, ggnvp(F.mse_loss(z, y), z, q, v))
+        assert_equal(found, product())
+    assert float(found.norm()) > 0
+
+
 def test_attention_without_second_derivative_is_named():
     q = leaf(normal(0, 1, 2, 8, 16).float())
+    z = F.scaled_dot_product_attention(q, q, q)
+    with pytest.raises(RuntimeError, match=r"^ggnvp: outputs must be twice differentiable; got a fused .*MATH"):
+        ggnvp(z.square().mean(), z, q, torch.ones_like(q))
+
+    def unrecordable(x):  # memory that others share is written
+        keys = q * 1
+        keys[0].mul_(2)
+        return F.scaled_dot_product_attention(x, keys, q)
+
     with pytest.raises(RuntimeError, match=r"^GaussNewton: model must be twice differentiable; got a fused .*MATH"):
-        GaussNewton(
-            lambda x: F.scaled_dot_product_attention(x, q, q), nn.MSELoss(), q.detach(), q.detach(), q, microbatch=None
-        )(torch.ones_like(q))
+        GaussNewton(unrecordable, nn.MSELoss(), q.detach(), q.detach(), q)(torch.ones_like(q))
 
 
 class Once(torch.autograd.Function):

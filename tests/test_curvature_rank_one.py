@@ -104,6 +104,22 @@ def test_low_precision_params(dtype):
     torch.testing.assert_close(flat(wide).double(), wanted, rtol=0.02, atol=0.01)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, F64])
+@pytest.mark.parametrize("v_dtype", [torch.float32, torch.bfloat16, F64])
+def test_vectors_of_another_precision(v_dtype, dtype):
+    """The results come in the dtype of v, and v is only read."""
+    operator, g = rank_one(0.3, dtype=dtype)
+    g = flat(operator._g).double()
+    v = [t.to(v_dtype) for t in split(normal(3, 2, 11))]
+    before, exact = [t.clone() for t in v], torch.cat([t.double().reshape(2, -1) for t in v], dim=1)
+    found = operator.flat_inverse(v, 0.5)
+    assert all(t.dtype == v_dtype and torch.equal(a, b) for t, a, b in zip(found, v, before, strict=True))
+    rows = torch.cat([t.double().reshape(2, -1) for t in found], dim=1)
+    wanted = torch.linalg.solve(torch.outer(g, g) + 0.5 * torch.eye(11, dtype=F64), exact.T).T
+    tolerance = 4 * torch.finfo(v_dtype if v_dtype != F64 or dtype == F64 else torch.float32).eps
+    assert float((rows - wanted).abs().max()) <= tolerance * float(wanted.abs().max())
+
+
 def test_takes_closures_unused_params_and_leaves_nothing_behind():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1)).double()

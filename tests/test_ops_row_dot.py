@@ -183,7 +183,7 @@ HOSTILE = {
     "out of two dimensions": (
         lambda: _with(out=torch.zeros(6, 1)),
         ValueError,
-        "out must have 1 dimensions, the rows of x; got shape (6, 1).",
+        "out must have 1 dimension, the rows of x; got shape (6, 1).",
     ),
     "out expanded": (
         lambda: _with(out=torch.zeros(1).expand(6)),

@@ -1,7 +1,10 @@
 """The cases, one file per op family; importing this package registers them all."""
 
+from . import captured as captured
 from . import complex_adam as complex_adam
 from . import complex_sgd as complex_sgd
+from . import dual_series as dual_series
 from . import hypergradient as hypergradient
 from . import neumann as neumann
+from . import rank_one_update as rank_one_update
 from . import softmax_hessian as softmax_hessian

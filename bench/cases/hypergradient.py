@@ -52,7 +52,7 @@ def _cnn(params: Params, x: Tensor) -> Tensor:
     return F.linear(x.flatten(1), *params[-2:])
 
 
-class _Problem:
+class Problem:
     """Weights, their log-decays, and one batch each for the inner and the outer loss."""
 
     def __init__(
@@ -64,7 +64,7 @@ class _Problem:
         num_terms: int,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self._again = functools.partial(_Problem, setting, model, shapes, input_shape, num_terms)
+        self._again = functools.partial(Problem, setting, model, shapes, input_shape, num_terms)
         self.model = model
         self.num_terms = num_terms
         batch, size = input_shape[0], torch.Size(input_shape[1:]).numel()
@@ -80,18 +80,24 @@ class _Problem:
         ).unbind()
 
     def inner(self, params: Params, hparams: Params) -> Tensor:
-        decay = sum([(h.exp() * p.square()).sum() for h, p in zip(hparams, params, strict=True)])
-        return F.cross_entropy(self.model(params, self.inner_x), self.inner_y) + decay
+        return self.inner_on(self.inner_x, self.inner_y, params, hparams)
 
     def outer(self, params: Params) -> Tensor:
-        return F.cross_entropy(self.model(params, self.outer_x), self.outer_y)
+        return self.outer_on(self.outer_x, self.outer_y, params)
+
+    def inner_on(self, x: Tensor, y: Tensor, params: Params, hparams: Params) -> Tensor:
+        decay = sum([(h.exp() * p.square()).sum() for h, p in zip(hparams, params, strict=True)])
+        return F.cross_entropy(self.model(params, x), y) + decay
+
+    def outer_on(self, x: Tensor, y: Tensor, params: Params) -> Tensor:
+        return F.cross_entropy(self.model(params, x), y)
 
     @functools.cached_property
     def exact(self) -> list[Tensor]:
         """The hypergradient of the same series in float64."""
-        return [g.detach() for g in _autograd(self._again(torch.float64))]
+        return [g.detach() for g in by_autograd(self._again(torch.float64))]
 
-    def contestant(self, name: str, role: str, step: Callable[["_Problem"], Sequence[Tensor]]) -> Contestant:
+    def contestant(self, name: str, role: str, step: Callable[["Problem"], Sequence[Tensor]]) -> Contestant:
         found: list[Tensor] = []
 
         def run() -> None:
@@ -106,13 +112,13 @@ class _Problem:
 # ---- contestants ----------------------------------------------------------------------------------------------------
 
 
-def _ours(problem: _Problem) -> Sequence[Tensor]:
+def by_hypergradient(problem: Problem) -> Sequence[Tensor]:
     params, hparams = problem.params, problem.hparams
     solver = Neumann(num_terms=problem.num_terms, alpha=ALPHA)
     return hypergradient(problem.outer(params), problem.inner(params, hparams), params, hparams, solver=solver)
 
 
-def _ours_closures(problem: _Problem) -> Sequence[Tensor]:
+def _ours_closures(problem: Problem) -> Sequence[Tensor]:
     params, hparams = problem.params, problem.hparams
     return hypergradient(
         lambda: problem.outer(params),
@@ -123,7 +129,7 @@ def _ours_closures(problem: _Problem) -> Sequence[Tensor]:
     )
 
 
-def _autograd(problem: _Problem) -> Sequence[Tensor]:
+def by_autograd(problem: Problem) -> Sequence[Tensor]:
     """What one writes by hand: the graph kept for all products, the series in place, two calls a term."""
     params, hparams = problem.params, problem.hparams
     v = list(torch.autograd.grad(problem.outer(params), params))
@@ -137,7 +143,7 @@ def _autograd(problem: _Problem) -> Sequence[Tensor]:
     return torch.autograd.grad(grads, hparams, total)
 
 
-def _torchopt(problem: _Problem) -> Callable[[_Problem], Sequence[Tensor]]:
+def _torchopt(problem: Problem) -> Callable[[Problem], Sequence[Tensor]]:
     torchopt: Any = importlib.import_module("torchopt")
     solve = torchopt.linear_solve.solve_inv(ns=True, maxiter=problem.num_terms, alpha=ALPHA)
     optimality: Any = torch.func.grad(problem.inner)
@@ -152,7 +158,7 @@ def _torchopt(problem: _Problem) -> Callable[[_Problem], Sequence[Tensor]]:
 
     solution = torchopt.diff.implicit.custom_root(stationary, argnums=1, solve=solve)(inner_solution)
 
-    def step(problem: _Problem) -> Sequence[Tensor]:
+    def step(problem: Problem) -> Sequence[Tensor]:
         best = solution(tuple(problem.params), tuple(problem.hparams))
         return torch.autograd.grad(problem.outer(best), problem.hparams)
 
@@ -162,7 +168,7 @@ def _torchopt(problem: _Problem) -> Callable[[_Problem], Sequence[Tensor]]:
 class _Objective(torch.nn.Module):
     """The inner loss as a model: what curvlinops differentiates is then the same function, the decay included."""
 
-    def __init__(self, problem: _Problem) -> None:
+    def __init__(self, problem: Problem) -> None:
         super().__init__()
         self.weights = torch.nn.ParameterList([torch.nn.Parameter(p.detach().clone()) for p in problem.params])
         self._problem = problem
@@ -180,13 +186,13 @@ class _Value(torch.nn.Module):
         return value.sum()
 
 
-def _curvlinops(problem: _Problem) -> Callable[[_Problem], Sequence[Tensor]]:
+def _curvlinops(problem: Problem) -> Callable[[Problem], Sequence[Tensor]]:
     curvlinops: Any = importlib.import_module("curvlinops")
     objective, loss = _Objective(problem), _Value()
     weights = list(objective.weights)
     data = [(problem.inner_x[:1], problem.inner_x[:1])]
 
-    def step(problem: _Problem) -> Sequence[Tensor]:
+    def step(problem: Problem) -> Sequence[Tensor]:
         hparams = problem.hparams
         v = list(torch.autograd.grad(problem.outer(weights), weights))
         hessian = curvlinops.HessianLinearOperator(
@@ -207,12 +213,12 @@ def _curvlinops(problem: _Problem) -> Callable[[_Problem], Sequence[Tensor]]:
 _PEERS = {"TorchOpt": ("torchopt", _torchopt), "curvlinops": ("curvlinops", _curvlinops)}
 
 
-def _build(make: Callable[[Setting, int], _Problem], num_terms: int, setting: Setting) -> Field:
+def _build(make: Callable[[Setting, int], Problem], num_terms: int, setting: Setting) -> Field:
     problem = make(setting, min(num_terms, 20) if setting.quick else num_terms)
     contestants = [
-        problem.contestant("hypergradient", OURS, _ours),
+        problem.contestant("hypergradient", OURS, by_hypergradient),
         problem.contestant("hypergradient, closures", BASELINE, _ours_closures),
-        problem.contestant("autograd + _foreach", BASELINE, _autograd),
+        problem.contestant("autograd + _foreach", BASELINE, by_autograd),
     ]
     left_out = {}
     for name, (module, peer) in _PEERS.items():
@@ -224,28 +230,28 @@ def _build(make: Callable[[Setting, int], _Problem], num_terms: int, setting: Se
     return Field(contestants, len(params), sum(p.numel() for p in params), _inputs.num_bytes(params), left_out)
 
 
-def _dense_problem(*sizes: int) -> Callable[[Setting, int], _Problem]:
-    def make(setting: Setting, num_terms: int) -> _Problem:
-        return _Problem(setting, _dense, list(_dense_shapes(sizes)), (64, sizes[0]), num_terms)
+def dense_problem(*sizes: int) -> Callable[[Setting, int], Problem]:
+    def make(setting: Setting, num_terms: int) -> Problem:
+        return Problem(setting, _dense, list(_dense_shapes(sizes)), (64, sizes[0]), num_terms)
 
     return make
 
 
-def _cnn_problem(setting: Setting, num_terms: int) -> _Problem:
+def cnn_problem(setting: Setting, num_terms: int) -> Problem:
     channels = (3, 4, 8) if setting.quick else (3, 16, 32, 32)
     shapes: list[_inputs.Shape] = []
     for fan_in, fan_out in itertools.pairwise(channels):
         shapes += [(fan_out, fan_in, 3, 3), (fan_out,)]
     width = 32 >> (len(channels) - 1)
     shapes += [(10, channels[-1] * width * width), (10,)]
-    return _Problem(setting, _cnn, shapes, (8 if setting.quick else 32, 3, 32, 32), num_terms)
+    return Problem(setting, _cnn, shapes, (8 if setting.quick else 32, 3, 32, 32), num_terms)
 
 
-_PROBLEMS: dict[str, tuple[str, Callable[[Setting, int], _Problem]]] = {
-    "logistic": ("logistic regression, 784-10", _dense_problem(784, 10)),
-    "mlp": ("an MLP 64-64-10", _dense_problem(64, 64, 10)),
-    "deep-mlp": ("an MLP of 7 layers of 16", _dense_problem(20, 16, 16, 16, 16, 16, 16, 10)),
-    "cnn": ("three convolutions on 32x32 images", _cnn_problem),
+_PROBLEMS: dict[str, tuple[str, Callable[[Setting, int], Problem]]] = {
+    "logistic": ("logistic regression, 784-10", dense_problem(784, 10)),
+    "mlp": ("an MLP 64-64-10", dense_problem(64, 64, 10)),
+    "deep-mlp": ("an MLP of 7 layers of 16", dense_problem(20, 16, 16, 16, 16, 16, 16, 10)),
+    "cnn": ("three convolutions on 32x32 images", cnn_problem),
 }
 _NOT_SLOWER = Goal("autograd + _foreach", 1.0, "never slower than plain autograd")
 

@@ -5,7 +5,8 @@
 namespace nestopt::cuda {
 
 DualSeriesPlan plan_dual_series(const DualSeries& series, uint32_t max_blocks) {
-  const int64_t wanted = series.rows <= kOneBlockRows ? 1 : (series.rows + kSeriesWarps - 1) / kSeriesWarps;
+  constexpr int64_t kWarps = kSeriesThreads / kSeriesWarp;  // of a row each
+  const int64_t wanted = series.rows <= kOneBlockRows ? 1 : (series.rows + kWarps - 1) / kWarps;
   const auto blocks = static_cast<uint32_t>(std::min<int64_t>(wanted, max_blocks));
   return {blocks, series_scratch(series.rows, series.terms, blocks)};
 }

@@ -1,10 +1,11 @@
-// One launch for all terms. Every term needs the whole of the one before it, so the blocks meet at a barrier after
+// One launch for all terms. Every term needs the whole of the one before it, so the threads meet at a barrier after
 // each.
 //
-// One block, for up to 256 rows: 256 KB of gram in float32, which one multiprocessor reads from the second-level cache
-// in 2 to 3 us, no more than a barrier of the whole grid takes. More rows are spread over a block on each
-// multiprocessor, as a cooperative launch; that pays until gram outgrows the second-level cache (some 3000 rows in
-// float32), and then is bound by memory. Any number of rows is right.
+// One block, for up to 256 rows: 256 KB of gram in float32, which one multiprocessor can read from the second-level
+// cache in some 3 us, about what a barrier of a whole grid takes. More rows are spread over a block on each
+// multiprocessor, as a cooperative launch, where a term takes as long as a barrier while gram stays in the second-level
+// cache (some 3000 rows in float32 on an H100) and is bound by memory beyond. Any number of rows is right. These are
+// estimates from bandwidths: no device has been timed.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -20,7 +21,6 @@ namespace nestopt::cuda {
 
 constexpr uint32_t kSeriesThreads = 1024;
 constexpr int kSeriesWarp = 32;
-constexpr int kSeriesWarps = kSeriesThreads / kSeriesWarp;
 constexpr int64_t kOneBlockRows = 256;
 
 // So many rows have their e in shared memory; beyond, it is read from the caches.
@@ -54,14 +54,16 @@ __device__ __forceinline__ void all_blocks_meet() {
   }
 }
 
-// A warp has kRows neighbouring rows at a time, the same ones in every term, and its first lanes one of them each.
-// Where there is a grid, rows are fewer than warps or little more, and one at a time keeps more warps busy.
-template <class G, class V, bool kGrid>
-__global__ void __launch_bounds__(kSeriesThreads)
-    dual_series_kernel(const SeriesArguments __grid_constant__ arguments) {
+// kThreads and kStaged are the constants above but in tests. A warp has kRows neighbouring rows at a time, the same
+// ones in every term, and its first lanes one of them each. Where there is a grid, rows are fewer than warps or little
+// more, and one at a time keeps more warps busy.
+template <class G, class V, bool kGrid, uint32_t kThreads = kSeriesThreads, int64_t kStaged = kStagedRows>
+__global__ void __launch_bounds__(kThreads) dual_series_kernel(const SeriesArguments __grid_constant__ arguments) {
   constexpr int kRows = kGrid ? 1 : 2;
-  __shared__ double staged[kStagedRows];
-  __shared__ double warp_de[2][kSeriesWarps], warp_ef[2][kSeriesWarps];
+  constexpr int kWarps = kThreads / kSeriesWarp;
+  static_assert(kThreads % kSeriesWarp == 0 && kWarps <= kSeriesWarp);
+  __shared__ double staged[kStaged];
+  __shared__ double warp_de[2][kWarps], warp_ef[2][kWarps];
   __shared__ double tile_de[kTermTile], tile_ef[kTermTile];
   const DualSeries& series = arguments.series;
   const DualSeriesScalars scalars = dual_series_scalars(arguments.alpha.get(), arguments.damping);
@@ -72,8 +74,8 @@ __global__ void __launch_bounds__(kSeriesThreads)
   double* const sums = total + rows;
   const int lane = threadIdx.x % kSeriesWarp;
   const int warp = threadIdx.x / kSeriesWarp;
-  const int64_t first = (int64_t{blockIdx.x} * kSeriesWarps + warp) * kRows;
-  const int64_t stride = int64_t{gridDim.x} * kSeriesWarps * kRows;
+  const int64_t first = (int64_t{blockIdx.x} * kWarps + warp) * kRows;
+  const int64_t stride = int64_t{gridDim.x} * kWarps * kRows;
 
   for (int64_t r = first; r < rows; r += stride) {
     const int64_t mine = r + lane;
@@ -89,8 +91,8 @@ __global__ void __launch_bounds__(kSeriesThreads)
     const int parity = static_cast<int>(j % 2);
     const double* e = arguments.scratch + parity * rows;
     double* const next_e = arguments.scratch + (1 - parity) * rows;
-    if (rows <= kStagedRows) {
-      for (int64_t i = threadIdx.x; i < rows; i += kSeriesThreads) staged[i] = e[i];
+    if (rows <= kStaged) {
+      for (int64_t i = threadIdx.x; i < rows; i += kThreads) staged[i] = e[i];
       e = staged;
       __syncthreads();
     }
@@ -99,7 +101,6 @@ __global__ void __launch_bounds__(kSeriesThreads)
       const G* gram_rows[kRows];
       double f[kRows] = {};
       for (int k = 0; k < kRows; ++k) gram_rows[k] = series.gram_row<G>(r + k < rows ? r + k : rows - 1);
-#pragma unroll 4
       for (int64_t at = lane; at < rows; at += kSeriesWarp) {
         const double e_at = e[at];
         for (int k = 0; k < kRows; ++k) f[k] += double{gram_rows[k][at]} * e_at;
@@ -129,8 +130,8 @@ __global__ void __launch_bounds__(kSeriesThreads)
     }
     all_blocks_meet<kGrid>();
     if (warp == 0) {  // the others are at the next term, and write to the other half
-      de = warp_sum(warp_de[parity][lane]);
-      ef = warp_sum(warp_ef[parity][lane]);
+      de = warp_sum(lane < kWarps ? warp_de[parity][lane] : 0.0);
+      ef = warp_sum(lane < kWarps ? warp_ef[parity][lane] : 0.0);
       if (lane == 0) {
         sums[(2 * j + 0) * gridDim.x + blockIdx.x] = de;
         sums[(2 * j + 1) * gridDim.x + blockIdx.x] = ef;
@@ -147,15 +148,15 @@ __global__ void __launch_bounds__(kSeriesThreads)
   double sq_norm = series.sq_norm<V>(0);  // of use in thread 0 only
   for (int64_t begin = 0; begin < series.terms; begin += kTermTile) {
     const int64_t length = series.terms - begin < kTermTile ? series.terms - begin : kTermTile;
-    if (threadIdx.x < length) {
-      const double* const parts = sums + 2 * (begin + threadIdx.x) * gridDim.x;
+    for (int64_t j = threadIdx.x; j < length; j += kThreads) {
+      const double* const parts = sums + 2 * (begin + j) * gridDim.x;
       double de = 0, ef = 0;
       for (uint32_t block = 0; block < gridDim.x; ++block) {
         de += parts[block];
         ef += parts[gridDim.x + block];
       }
-      tile_de[threadIdx.x] = de;
-      tile_ef[threadIdx.x] = ef;
+      tile_de[j] = de;
+      tile_ef[j] = ef;
     }
     __syncthreads();
     if (threadIdx.x == 0) {

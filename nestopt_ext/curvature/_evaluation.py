@@ -42,6 +42,10 @@ class Evaluation:
         loss: Tensor = self.value
         return loss
 
+    def wrote(self) -> bool:
+        """Whether older tensors would hold other values now, had their writing not been undone."""
+        return not all(map(torch.equal, self._regions, self._written))
+
     def differentiating(self) -> AbstractContextManager[None]:
         """While open, tensors hold what the graph saw when it was built; afterwards, what they held on entry."""
         return self._restored() if self._regions else nullcontext()
@@ -138,8 +142,13 @@ def seeded_from_cpu() -> Iterator[None]:
 
 
 def _global_rng() -> tuple[Tensor, TensorList]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() and not _capturing() else []  # type: ignore[no-untyped-call]
     return torch.get_rng_state(), cuda
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is being captured: where its generators will stand in a replay is for its owner to say."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
 
 
 def _set_global_rng(state: tuple[Tensor, TensorList]) -> None:
@@ -188,7 +197,8 @@ class _GeneratorRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         generator = kwargs.get("generator")
-        if isinstance(generator, torch.Generator) and all(generator is not known for known, _ in self.generators):
+        new = isinstance(generator, torch.Generator) and all(generator is not known for known, _ in self.generators)
+        if new and (generator.device.type != "cuda" or not _capturing()):
             self.generators.append((generator, generator.get_state()))
         return func(*args, **kwargs)
 

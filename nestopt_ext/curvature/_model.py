@@ -22,11 +22,15 @@ class Model:
     """A callable that gives outputs, without what PyTorch wraps around a module to speed it up or spread it out.
 
     A module compiled by ``torch.compile`` runs eagerly here, since what was compiled has no second derivative; of
-    ``DistributedDataParallel`` and ``DataParallel`` the module inside is called, so there is no communication.
+    ``DistributedDataParallel`` and ``DataParallel`` the module inside is called, so there is no communication. It is
+    called in a context that ``under`` makes, if that is given.
     """
 
-    def __init__(self, caller: str, model: object) -> None:
+    def __init__(
+        self, caller: str, model: object, under: Callable[[], contextlib.AbstractContextManager[Any]] | None = None
+    ) -> None:
         self._caller = caller
+        self._under = under or contextlib.nullcontext
         self.call = _unwrapped(model)
         if not callable(self.call):
             got = _lists.value_name(model)
@@ -79,7 +83,7 @@ class Model:
     def outputs(self, inputs: Any) -> Tensor:
         """What the model gives for ``inputs``: one tensor, a tuple of arguments, or a dict of keyword arguments."""
         caller = self._caller
-        with self._eager():
+        with self._eager(), self._under():
             if isinstance(inputs, Mapping):
                 outputs = self.call(**inputs)
             elif isinstance(inputs, tuple | list):

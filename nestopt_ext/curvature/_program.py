@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +51,7 @@ _OUT: dict[int, Callable[..., Any]] = {
     id(_ADDCMUL): torch.addcmul,
 }
 
-#: What autograd does in place to what it has just made, as new values.
+#: What autograd, and modules told to, do in place to what was just made, as new values.
 _IN_PLACE: dict[int, Any] = {
     id(f): g
     for f, g in (
@@ -62,6 +62,11 @@ _IN_PLACE: dict[int, Any] = {
         (_aten.div_.Tensor, _aten.div.Tensor),
         (_aten.div_.Scalar, _aten.div.Scalar),
         (_aten.neg_.default, _NEG),
+        (_aten.relu_.default, _aten.relu.default),
+        (_aten.tanh_.default, _aten.tanh.default),
+        (_aten.sigmoid_.default, _aten.sigmoid.default),
+        (_aten.masked_fill_.Scalar, _aten.masked_fill.Scalar),
+        (_aten.logical_and_.default, _aten.logical_and.default),
     )
 }
 #: Draws random numbers; gives a number, or a shape, that depends on values.
@@ -100,7 +105,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._room -= result.numel() * result.element_size()
         if self._room < 0 or len(self.log) > _MOST_CALLS or not _is_fit(func) or not _are_plain(types):
             self.log.clear()  # what it holds may be large
-            raise Unfit  # here, since the rest of the product would be in vain
+            raise Unfit(str(func))  # here, since the rest of the product would be in vain
         return result
 
 
@@ -152,12 +157,15 @@ class _Call:
     in_place: bool = False
 
 
-def compiled(log: Sequence[Entry], inputs: TensorList, outputs: TensorList) -> Program:
-    """The program that gives ``outputs`` for ``inputs``, and their image under the recorded map for other vectors."""
+def compiled(log: Sequence[Entry], inputs: TensorList, outputs: TensorList, *, bound: bool = False) -> Program:
+    """The program that gives ``outputs`` for ``inputs``, and their image under the recorded map for other vectors.
+
+    With ``bound`` the program is not given vectors, but reads the inputs where they lie, as they are when it is called.
+    """
     calls, values, older = _parsed(log, inputs)
     results = [values.get(id(t), t) for t in outputs]
     rewritten = _rewritten(_live(calls, results))
-    program = Program([values[id(t)] for t in inputs], _live(rewritten, results), results, older)
+    program = Program([values[id(t)] for t in inputs], _live(rewritten, results), results, older, bound)
     for call in (*calls, *rewritten):
         call.outs.clear()  # a value and its call are a cycle, which would keep the recorded tensors alive
     return program
@@ -179,6 +187,8 @@ def _parsed(log: Sequence[Entry], inputs: TensorList) -> tuple[list[_Call], dict
         outs = result if isinstance(result, list | tuple) else [result]
         if id(func) in _IN_PLACE:
             value = values.get(id(result))
+            if value is None and not given and id(result) in made and not _is_read(result, calls):
+                continue  # a constant that is finished before anything is made of it
             if value is None or value.shared:
                 raise Unfit
             call = _Call(_IN_PLACE[id(func)], args, kwargs, given)
@@ -219,6 +229,12 @@ def _replaced(
     elif isinstance(arg, list | tuple) and any(isinstance(part, Tensor) for part in arg):
         return [_replaced(part, values, made, older, given) for part in arg]
     return arg
+
+
+def _is_read(tensor: Tensor, calls: Sequence[_Call]) -> bool:
+    """Whether a call takes a constant that lies in the memory of ``tensor``."""
+    memory = tensor.untyped_storage()._cdata
+    return any(t.untyped_storage()._cdata == memory for c in calls for t in _tensors((c.args, *c.kwargs.values())))
 
 
 def _added_zero(args: Sequence[Any], value: _Value, result: Tensor, zeros: set[int]) -> bool:
@@ -354,10 +370,15 @@ class Program:
         calls: Sequence[_Call],
         results: Sequence[_Value | Tensor],
         older: TensorList,
+        bound: bool,
     ) -> None:
         self.num_bytes = 0
+        self._owned: TensorList = []
         self._versions = [(t, t._version) for t in older]
-        self._inputs = [self._allocated(value) for value in inputs]
+        if bound:
+            for given in inputs:
+                given.memory = given.like.detach()
+        self._inputs = [] if bound else [self._allocated(value) for value in inputs]
         self._steps: list[Step] = []
         last: dict[int, Step] = {}
         for call in calls:
@@ -385,7 +406,8 @@ class Program:
     def __call__(self, vector: TensorList) -> TensorList:
         """The image of a vector, in new memory."""
         with torch.no_grad():
-            torch._foreach_copy_(self._inputs, vector)
+            if self._inputs:
+                torch._foreach_copy_(self._inputs, vector)
             for function, args, kwargs in self._steps:
                 function(*args, **kwargs)
             return [function(*args, **kwargs) for function, args, kwargs in self._results]
@@ -394,8 +416,19 @@ class Program:
         """Whether no tensor from before the recording was changed since."""
         return not any(t._version != version for t, version in self._versions)
 
+    def constants(self) -> TensorList:
+        """The tensors beside the inputs that are read where they lie."""
+        owned = {t.untyped_storage()._cdata for t in self._owned}
+        found: dict[int, Tensor] = {}
+        for _, args, kwargs in (*self._steps, *self._results):
+            for tensor in _tensors((args, *kwargs.values())):
+                if tensor.untyped_storage()._cdata not in owned:
+                    found[id(tensor)] = tensor
+        return list(found.values())
+
     def _allocated(self, value: _Value) -> Tensor:
         memory = value.memory = torch.empty_like(value.like)
+        self._owned.append(memory)
         self.num_bytes += memory.numel() * memory.element_size()
         return memory
 
@@ -404,6 +437,16 @@ def _memory(arg: Any) -> Any:
     if isinstance(arg, _Value):
         return arg.memory
     return [_memory(part) for part in arg] if isinstance(arg, list) else arg
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+        elif isinstance(value, dict):
+            yield from _tensors(tuple(value.values()))
 
 
 def _into(buffers: Sequence[Tensor | None], func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:

@@ -56,7 +56,9 @@ class Node:
     """
 
     #: Whether a result may share memory with the cotangent or tangent it was made from.
-    shares_memory: ClassVar[bool] = False
+    shares_memory: bool = False
+    #: Whether what goes back is new memory, although a tangent may share it.
+    makes_cotangent: ClassVar[bool] = False
     #: Multiplications of one application, as far as they matter; what a cost estimate counts.
     macs: int = 0
     #: Operands i and j, where an example's gradient of j is the sum over positions of the left factors of that of i.
@@ -138,9 +140,11 @@ Rule = Callable[..., Any]
 _R = TypeVar("_R", bound=Rule)
 
 #: Torch functions, and what records each: a function of the same signature that is given operands, and returns a node
-#: and the value, several such pairs, or NotImplemented where it does not know the arguments.
+#: and the value, several such pairs, an operand where the function gives back that very tensor, or NotImplemented where
+#: it does not know the arguments.
 RULES: dict[Any, Rule] = {}
-#: Torch functions that are run as they are, with the recording on, in the form that these functions write out.
+#: Torch functions that are run, with the recording on, in the form that these functions write out; one that gives
+#: NotImplemented does not know the arguments.
 REWRITES: dict[Any, Callable[..., Any]] = {}
 #: Functions that write to their first argument, and those that give the same in new memory.
 OUT_OF_PLACE: dict[Any, Any] = {}
@@ -224,7 +228,7 @@ class Tape:
                 reused = present if own[slot] and in_place else None
                 result = node.vjp(i, cotangent, reused) if results is None else accumulated(results[k], reused)
                 if present is None:
-                    own[slot] = not node.shares_memory
+                    own[slot] = node.makes_cotangent or not node.shares_memory
                 elif reused is None:
                     result, own[slot] = present + result, True
                 found[slot] = result
@@ -262,7 +266,9 @@ class Recorder(TorchFunctionMode):
         self.nodes: list[Node] = []
         self.opaque: list[str] = []
         self.data: list[Var] = []
-        #: Constants that rules were given, and what version they had.
+        #: Values that were handed out, and what version they had.
+        self._values: list[tuple[Tensor, int]] = []
+        #: The same for constants that rules were given.
         self._versions: Any = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
         for p in params:
             self._bind(p, self._new(p.data, active=True))
@@ -280,7 +286,7 @@ class Recorder(TorchFunctionMode):
             return None
         if not var.active:
             return None
-        if any(t._version != version for t, version in self._versions.items()):
+        if any(t._version != version for t, version in (*self._versions.items(), *self._values)):
             raise Unrecordable("a tensor was changed in place after it was used")
         return Tape(self._num_params, self._num_slots, self.nodes, self.data, var, self.opaque)
 
@@ -305,9 +311,13 @@ class Recorder(TorchFunctionMode):
         active = any(var is not None and var.active for var in found)
         if func in REWRITES and active:
             with self:
-                return REWRITES[func](*args, **kwargs)
+                result = REWRITES[func](*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         target = args[0] if args else None
         in_place = func in OUT_OF_PLACE
+        if (in_place or _writes(name, kwargs)) and not active and isinstance(target, Tensor) and not found[0]:
+            return self._written(func, args, kwargs)
         if in_place:
             func = OUT_OF_PLACE[func]
         made = self._recorded(func, args, kwargs, active)
@@ -315,6 +325,8 @@ class Recorder(TorchFunctionMode):
             if in_place or _writes(name, kwargs):
                 raise Unrecordable(f"{name} writes in place")
             return self._unknown(func, args, kwargs, active)
+        if isinstance(made, Var):
+            return next(t for t, var in zip(tensors, found, strict=True) if var is made)
         if in_place or _asks_in_place(func, args, kwargs):
             return self._rebound(name, target, made)
         if isinstance(made, list):
@@ -372,6 +384,14 @@ class Recorder(TorchFunctionMode):
             with self:
                 return transposed(args[0])
         return result
+
+    def _written(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A function that writes data to a constant: that stays one, of another value."""
+        if kwargs.get("out") is not None:
+            raise Unrecordable(f"{_name(func)} writes in place")
+        self._check_alone(_name(func), args[0])
+        with torch.no_grad():
+            return func(*args, **kwargs)
 
     def _unknown(self, func: Any, args: Any, kwargs: Any, active: bool) -> Any:
         """A function without a rule: by autograd, for this part alone, if it sees params."""
@@ -437,8 +457,9 @@ class Recorder(TorchFunctionMode):
         return list(mapped(tuple(values), operand))
 
     def _hand_out(self, node: Node, value: Tensor) -> Tensor:
-        """A tensor for the code that is recorded."""
-        tensor = value.data
+        """A tensor for the code that is recorded; one version counts for it, its views, and the value."""
+        tensor = value.detach()
+        self._values.append((value, value._version))
         if node.wanted:
             tensor.requires_grad_()
         self._bind(tensor, self._var(node, value))
@@ -452,16 +473,20 @@ class Recorder(TorchFunctionMode):
         node, value = made
         if value.shape != target.shape or value.dtype != target.dtype:
             raise Unrecordable(f"{name} writes in place what has another shape or dtype")
-        storage = target.untyped_storage().data_ptr()
-        for reference, _ in self._vars.values():
-            other = reference()
-            if other is not None and other is not target and other.untyped_storage().data_ptr() == storage:
-                raise Unrecordable(f"{name} writes in place to memory that another tensor shares")
+        self._check_alone(name, target)
         # Other memory under the same tensor: what rules have kept of the old value stays.
         target.data = value.data
         self._bind(target, self._var(node, value))
         rebound: Tensor = target
         return rebound
+
+    def _check_alone(self, name: str, target: Tensor) -> None:
+        """Nothing else that is recorded may have the memory of ``target``."""
+        storage = target.untyped_storage().data_ptr()
+        for reference, _ in self._vars.values():
+            other = reference()
+            if other is not None and other is not target and other.untyped_storage().data_ptr() == storage:
+                raise Unrecordable(f"{name} writes in place to memory that another tensor shares")
 
 
 #: Makes the node of a function without a rule, from its result with a graph, the leaves of that, and the operands.

@@ -14,6 +14,7 @@ from ._evaluation import Replay
 from ._linearization import Linearization
 from ._model import Model, Params
 from ._recording import Jacobian, Recording, recorded
+from ._rules.batch_norm import FrozenBatchStatistics
 
 
 class Linearized:
@@ -74,7 +75,9 @@ class Linearized:
         return u.detach()
 
 
-def linearize(model: Callable[..., Tensor], inputs: Any, params: Params = None) -> Linearized:
+def linearize(
+    model: Callable[..., Tensor], inputs: Any, params: Params = None, *, freeze_batch_norm: bool = False
+) -> Linearized:
     r"""The Jacobian :math:`J = \partial z / \partial w` of the outputs z of ``model(inputs)`` in ``params`` w, ready
     for many products.
 
@@ -86,9 +89,13 @@ def linearize(model: Callable[..., Tensor], inputs: Any, params: Params = None) 
 
     ``model``, ``inputs`` and ``params`` are as for :class:`GaussNewton`: a module or any callable that gives one
     tensor; a tensor, tuple or dict of arguments; None for all params that require grad, tensors, or names and patterns.
-    Dropout masks and batch statistics are as they fall in this one call (batch statistics are differentiated); nothing
-    is modified, and random state is put back. A recording is of the params as they were, and refuses to work after they
-    change.
+    Dropout masks and batch statistics are as they fall in this one call; nothing is modified, and random state is put
+    back. A recording is of the params as they were, and refuses to work after they change.
+
+    In training mode, batch normalization is differentiated through the mean and variance of the batch, as autograd
+    does. With ``freeze_batch_norm`` they are taken for constants, at the values they have here, so that batch
+    normalization no longer makes one example's outputs depend on another. The outputs are the same, and J is that of
+    the model with its statistics held; layers in eval mode have constant statistics anyway.
 
     Raises TypeError or ValueError for bad arguments, and RuntimeError, with the way out, where a fallback needs a
     second derivative that PyTorch does not have.
@@ -103,7 +110,9 @@ def linearize(model: Callable[..., Tensor], inputs: Any, params: Params = None) 
     {'weight': tensor([[1., 3.]])}
     """
     caller = "linearize"
-    wrapped = Model(caller, model)
+    if not isinstance(freeze_batch_norm, bool):
+        raise TypeError(f"{caller}: freeze_batch_norm must be a bool; got {freeze_batch_norm!r}.")
+    wrapped = Model(caller, model, FrozenBatchStatistics if freeze_batch_norm else None)
     flat, structure = wrapped.choose(params)
     replay = Replay()
     reason = None

@@ -2,6 +2,7 @@
 
 from ._report import Direction, Finding, HypergradientReport
 from .best_response import best_response
+from .captured import CapturedHypergradient
 from .check import check_hypergradient
 from .cost import Cost, estimate_cost
 from .fixed_point import FixedPointMap
@@ -13,6 +14,7 @@ from .unrolled import unrolled
 
 __all__ = [
     "BilevelLoop",
+    "CapturedHypergradient",
     "Cost",
     "Direction",
     "Finding",

@@ -72,24 +72,51 @@ class Verdict:
         return self.status not in (Status.converged, Status.max_terms)
 
 
-def judge(caller: str, outcome: Outcome, residual: Tensor | None = None, tolerance: Tensor | None = None) -> Verdict:
-    """Reads the evidence and the magnitude of the value, in one wait per device, and says how the solve ended.
+@dataclass(frozen=True)
+class Testimony:
+    """All that the host has to read of an outcome: small tensors on the device, which may be read later, and again.
+
+    ``peaks`` are the largest magnitudes of the value; ``residuals`` are the norms of the residuals and what they are
+    once converged, or nothing where they are not known.
+    """
+
+    evidence: Evidence
+    peaks: TensorList
+    residuals: TensorList
+
+    def tensors(self) -> TensorList:
+        return [*self.residuals, *self.peaks, *self.evidence.tensors()]
+
+    def verdict(self, caller: str, numbers: list[list[float]] | None = None) -> Verdict:
+        """How the solve ended, from the values of :meth:`tensors`, read here in one wait per device unless given."""
+        numbers = _lists.to_host(self.tensors()) if numbers is None else numbers
+        known = len(self.residuals)
+        largest = [value for (value,) in numbers[known : known + len(self.peaks)]]
+        finding = self.evidence.read(caller, numbers[known + len(self.peaks) :])
+        statuses = finding.statuses
+        if known:
+            statuses = [_weighed(*facts) for facts in zip(statuses, numbers[0], numbers[1], strict=True)]
+        if not all(map(math.isfinite, largest)):
+            statuses = [*statuses, Status.non_finite]
+        status = max(statuses, key=_WORST_LAST.index, default=Status.converged)
+        return Verdict(status, finding.explain(status))
+
+
+def testify(outcome: Outcome, residual: Tensor | None = None, tolerance: Tensor | None = None) -> Testimony:
+    """What there is to know of an outcome; nothing is waited for, and the value is not needed any more.
 
     ``residual`` holds the norms of the residuals where they are known, ``tolerance`` what they are once converged.
     """
-    peaks = _lists.max_abs(outcome.value)
     known = [] if residual is None or tolerance is None else [residual, tolerance]
-    evidence = outcome.evidence.tensors()
-    numbers = _lists.to_host([*known, *peaks, *evidence])
-    largest = [value for (value,) in numbers[len(known) : len(known) + len(peaks)]]
-    finding = outcome.evidence.read(caller, numbers[len(known) + len(peaks) :])
-    statuses = finding.statuses
-    if known:
-        statuses = [_weighed(*facts) for facts in zip(statuses, numbers[0], numbers[1], strict=True)]
-    if not all(map(math.isfinite, largest)):
-        statuses = [*statuses, Status.non_finite]
-    status = max(statuses, key=_WORST_LAST.index, default=Status.converged)
-    return Verdict(status, finding.explain(status))
+    return Testimony(outcome.evidence, _lists.max_abs(outcome.value), known)
+
+
+def judge(caller: str, outcome: Outcome, residual: Tensor | None = None, tolerance: Tensor | None = None) -> Verdict:
+    """Reads the evidence and the magnitude of the value, in one wait per device, and says how the solve ended.
+
+    The arguments are those of :func:`testify`.
+    """
+    return testify(outcome, residual, tolerance).verdict(caller)
 
 
 def _weighed(status: Status, residual: float, tolerance: float) -> Status:
@@ -104,15 +131,15 @@ def _weighed(status: Status, residual: float, tolerance: float) -> Status:
 def warn(caller: str, verdict: Verdict) -> None:
     """One RuntimeWarning, at the line outside the package that asked, if the result cannot be trusted."""
     if verdict.is_trouble:
-        warnings.warn(f"{caller}: {verdict.explanation}", RuntimeWarning, stacklevel=_caller_depth())
+        warnings.warn(f"{caller}: {verdict.explanation}", RuntimeWarning, stacklevel=caller_depth())
 
 
 def unfit_right_side(used: str) -> str:
     return f"v must be finite; got NaN or Inf, which the result keeps ({used}). Look for it in the outer gradient."
 
 
-def _caller_depth() -> int:
-    """The stack level, counted from :func:`warn`, of the first frame that is neither of this package nor of torch."""
+def caller_depth() -> int:
+    """The stack level, counted from whoever asks, of the first frame that is neither of this package nor of torch."""
     packages = (__name__.partition(".")[0], "torch")
     frame = sys._getframe(1)
     depth = 1

@@ -1,6 +1,8 @@
 """An estimate of the largest eigenvalue, for choosing a step without knowing the curvature."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -24,10 +26,10 @@ def auto_alpha(product: Callable[[TensorList], TensorList], vector: TensorList, 
     size = max(_lists.numel(vector), 1) ** 0.5
     _rescale(vector, size, _lists.norm(vector))
     for device, positions in _lists.by_device(vector).items():
-        generator = torch.Generator(device).manual_seed(_SEED)
-        for i in positions:
-            noise = torch.randn(vector[i].shape, dtype=vector[i].dtype, device=device, generator=generator)
-            vector[i].add_(noise)
+        with _seeded(device) as generator:
+            for i in positions:
+                noise = torch.randn(vector[i].shape, dtype=vector[i].dtype, device=device, generator=generator)
+                vector[i].add_(noise)
     _rescale(vector, size, _lists.norm(vector))
     largest = torch.zeros_like(_lists.norm(vector))
     for _ in range(POWER_PRODUCTS):
@@ -37,6 +39,33 @@ def auto_alpha(product: Callable[[TensorList], TensorList], vector: TensorList, 
         largest = torch.maximum(largest, length / size)
         _rescale(vector, size, length)
     return usable_step(0.9 / largest)
+
+
+class _Generators(threading.local):
+    """The generators of a thread, one for each device."""
+
+    def __init__(self) -> None:
+        self.of: dict[torch.device, torch.Generator] = {}
+
+
+_generators = _Generators()
+
+
+@contextmanager
+def _seeded(device: torch.device) -> Iterator[torch.Generator]:
+    """A generator that stands at its seed, and is put back there, so that it does in a replay of a CUDA graph too.
+
+    While a graph is being captured a generator can neither be made nor seeded.
+    """
+    generator = _generators.of.get(device)
+    if generator is None:
+        generator = _generators.of[device] = torch.Generator(device)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    try:
+        yield generator if capturing else generator.manual_seed(_SEED)
+    finally:
+        if not capturing:
+            generator.manual_seed(_SEED)
 
 
 def usable_step(alpha: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .. import _lists, _reference
 from .._types import MatVec, SameTensors, TensorList, Tensors
-from ._outcome import Outcome, Solver, Verdict, judge, warn
+from ._outcome import Outcome, Solver, Testimony, Verdict, judge, testify, warn
 from ._product import Product
 from ._solution import Solution
 from ._system import System
@@ -72,21 +73,28 @@ def solve(
 
 @dataclass(frozen=True)
 class Inverse:
-    """A solution without its residual."""
+    """A solution without its residual, and what the host has yet to read of how it was found."""
 
+    caller: str
     value: TensorList
     num_products: int
-    verdict: Verdict
+    testimony: Testimony
+
+    @functools.cached_property
+    def verdict(self) -> Verdict:
+        """How the solve ended; the first look waits for the device."""
+        return self.testimony.verdict(self.caller)
 
 
 def invert(caller: str, product: Product, v: TensorList, solver: Solver, *, start: TensorList | None = None) -> Inverse:
     """The solution alone, with no product spent on the residual; whether to :func:`warn` is left to the caller.
 
-    ``start`` is a list like ``v`` or None; with it one product is spent. The verdict is what the method saw, so a
-    series that ends at its last term is ``max_terms`` however small that is.
+    ``start`` is a list like ``v`` or None; with it one product is spent. The device is not waited for, unless the
+    options of the solver say so. The verdict is what the method saw, so a series that ends at its last term is
+    ``max_terms`` however small that is.
     """
     _, outcome = _run(System(product, v), solver, start)
-    return Inverse(outcome.value, product.count, judge(caller, outcome))
+    return Inverse(caller, outcome.value, product.count, testify(outcome))
 
 
 def inverse_tensors(caller: str, matvec: MatVec, v: SameTensors, solver: Solver) -> SameTensors:

@@ -22,3 +22,15 @@ double plain_neumann(TestList<V, V, A>& list, const nestopt::NeumannScalars<nest
   });
   return static_cast<double>(sq_norm);
 }
+
+// The same where v has been stepped already.
+template <class V>
+double plain_neumann_sum(TestList<V, V>& list) {
+  long double sq_norm = 0;
+  list.for_each([&](size_t, V& v, V& p) {
+    const long double x = nestopt::load(v);
+    p = nestopt::store<V>(nestopt::load(p) + nestopt::load(v));
+    sq_norm += x * x;
+  });
+  return static_cast<double>(sq_norm);
+}

@@ -56,6 +56,33 @@ TEST(kernel_float64) { check_kernel<double, double>(); }
 TEST(kernel_bfloat16) { check_kernel<BFloat16, BFloat16>(); }
 TEST(kernel_float16) { check_kernel<Float16, Float16>(); }
 
+template <class V>
+void check_sum_kernel() {
+  TestList<V, V> want(all_shapes(kDeviceChunk, 0));
+  const double want_norm = plain_neumann_sum(want);
+  std::vector<double> first;
+  for (fibre::seed = 0; fibre::seed < 3; ++fibre::seed) {
+    TestList<V, V> got(all_shapes(kDeviceChunk, 0));
+    std::vector<double> partials(cuda::neumann_partials(got.list) + 1, NAN);
+    CHECK(cuda::neumann_sum<V>(got.list, partials.data(), nullptr) == cudaSuccess);
+    got.expect_same(want, "seed", fibre::seed);
+    CHECK(std::isnan(partials.back()), "written behind the end");
+    partials.pop_back();
+    CHECK(std::abs(total<double>(partials) - want_norm) <= 1e-12 * want_norm, total<double>(partials), want_norm);
+    if (fibre::seed == 0) first = partials;
+    CHECK(partials == first, "seed", fibre::seed);
+  }
+  fibre::seed = 0;
+  TestList<V, V> got(all_shapes(kDeviceChunk, 0));
+  CHECK(cuda::neumann_sum<V>(got.list, nullptr, nullptr) == cudaSuccess);
+  got.expect_same(want, "without a norm");
+}
+
+TEST(sum_kernel_float32) { check_sum_kernel<float>(); }
+TEST(sum_kernel_float64) { check_sum_kernel<double>(); }
+TEST(sum_kernel_bfloat16) { check_sum_kernel<BFloat16>(); }
+TEST(sum_kernel_float16) { check_sum_kernel<Float16>(); }
+
 TEST(the_norm_does_not_depend_on_the_grid) {
   std::vector<double> first;
   for (uint32_t max_blocks : {1u, 2u, 5u, 13u, 1000u}) {

@@ -146,11 +146,76 @@ TEST(divergent_barriers_are_reported) {
   CHECK(error_of(short_warp, 48).find("mask") != std::string::npos, error_of(short_warp, 48));
 }
 
+cudaError_t launch_together(void (*kernel)(int*), unsigned blocks, unsigned threads, int* data) {
+  void* arguments[] = {&data};
+  return cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(threads), arguments, 0, nullptr);
+}
+
+// Each block adds up what all blocks wrote before, in a few rounds, and keeps its own number in shared memory
+// meanwhile.
+template <bool kBarrier>
+void rounds_kernel(int* out) {
+  __shared__ int own;
+  if (threadIdx.x == 0) own = 1 + static_cast<int>(blockIdx.x);
+  __syncthreads();
+  for (int round = 0; round < 3; ++round) {
+    int* const to = out + round * gridDim.x;
+    int sum = own;
+    for (unsigned b = 0; round > 0 && b < gridDim.x; ++b) sum += to[static_cast<int>(b) - static_cast<int>(gridDim.x)];
+    if (threadIdx.x == 0) to[blockIdx.x] = sum;
+    if (kBarrier) cooperative_groups::this_grid().sync();
+  }
+}
+
+bool rounds_are_right(void (*kernel)(int*)) {
+  std::vector<int> out(3 * 4);
+  CHECK(launch_together(kernel, 4, 64, out.data()) == cudaSuccess);
+  return out == std::vector<int>({1, 2, 3, 4, 11, 12, 13, 14, 51, 52, 53, 54});
+}
+
+TEST(barriers_of_the_grid_order_blocks_that_keep_their_shared_memory) {
+  CHECK(count_seeds([] { return rounds_are_right(rounds_kernel<true>); }) == kSeeds);
+  CHECK(count_seeds([] { return rounds_are_right(rounds_kernel<false>); }) == 0);
+}
+
+TEST(faulty_barriers_of_the_grid_are_reported) {
+  const auto error = [](void (*kernel)(int*), bool together) -> std::string {
+    int unused = 0;
+    try {
+      together ? launch_together(kernel, 3, 64, &unused) : launch(kernel, 3, 64, &unused);
+    } catch (const std::logic_error& error) {
+      return error.what();
+    }
+    return "none";
+  };
+  const auto all = [](int*) { cooperative_groups::this_grid().sync(); };
+  const auto one_block = [](int*) {
+    if (blockIdx.x == 1) cooperative_groups::this_grid().sync();
+  };
+  const auto half_a_block = [](int*) {
+    if (threadIdx.x < 32) cooperative_groups::this_grid().sync();
+  };
+  const auto two_lines = [](int*) {
+    if (blockIdx.x == 1) {
+      cooperative_groups::this_grid().sync();
+    } else {
+      cooperative_groups::this_grid().sync();
+    }
+  };
+  CHECK(error(all, true) == "none");
+  CHECK(error(all, false).find("not launched as one") != std::string::npos, error(all, false));
+  CHECK(error(one_block, true).find("some blocks do not reach") != std::string::npos, error(one_block, true));
+  CHECK(error(half_a_block, true).find("some threads do not reach") != std::string::npos, error(half_a_block, true));
+  CHECK(error(two_lines, true).find("in another line") != std::string::npos, error(two_lines, true));
+}
+
 TEST(launches_that_a_device_refuses_are_refused) {
   const auto kernel = [](int*) {};
   int unused = 0;
   CHECK(launch(kernel, 0, 32, &unused) == cudaErrorInvalidConfiguration);
   CHECK(launch(kernel, 1, 1025, &unused) == cudaErrorInvalidConfiguration);
+  CHECK(launch_together(kernel, 0, 32, &unused) == cudaErrorInvalidConfiguration);
+  CHECK(launch_together(kernel, 1000, 32, &unused) == cudaErrorCooperativeLaunchTooLarge);
   struct Large {
     char bytes[32768];
   };

@@ -86,4 +86,32 @@ TEST(cpu_kernel_float64) { check_kernel<double, double>(); }
 TEST(cpu_kernel_bfloat16) { check_kernel<BFloat16, BFloat16>(); }
 TEST(cpu_kernel_float16) { check_kernel<Float16, Float16>(); }
 
+template <class V>
+void check_sum_kernel() {
+  TestList<V, V> want(all_shapes(kChunk, 0));
+  const double want_norm = plain_neumann_sum(want);
+  std::vector<double> first_norms;
+  for (int num_threads : {1, 3, 16}) {
+    TestList<V, V> got(all_shapes(kChunk, 0));
+    std::vector<double> norms(got.list.chunks() + 1, NAN);
+    in_threads(got.list.chunks(), num_threads, [&](int64_t first, int64_t last) {
+      nestopt::cpu::neumann_sum_chunks<V>(got.list, first, last, norms.data());
+    });
+    got.expect_same(want, "in", num_threads, "threads");
+    CHECK(std::isnan(norms.back()), "written behind the end");
+    norms.pop_back();
+    CHECK(std::abs(sum(norms) - want_norm) <= 1e-12 * want_norm, sum(norms), want_norm);
+    if (num_threads == 1) first_norms = norms;
+    CHECK(norms == first_norms, "in", num_threads, "threads");
+  }
+  TestList<V, V> got(all_shapes(kChunk, 0));
+  nestopt::cpu::neumann_sum_chunks<V>(got.list, 0, got.list.chunks(), nullptr);
+  got.expect_same(want, "without a norm");
+}
+
+TEST(cpu_sum_kernel_float32) { check_sum_kernel<float>(); }
+TEST(cpu_sum_kernel_float64) { check_sum_kernel<double>(); }
+TEST(cpu_sum_kernel_bfloat16) { check_sum_kernel<BFloat16>(); }
+TEST(cpu_sum_kernel_float16) { check_sum_kernel<Float16>(); }
+
 }  // namespace

@@ -1,0 +1,1 @@
+#include "fibre_shim.h"
