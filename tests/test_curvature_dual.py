@@ -289,7 +289,7 @@ def test_negative_and_vanishing_weights():
     damping = 0.5
     found = operator.flat_inverse(v, damping)
     assert relative_error(columns(found), dense_inverse(matrix, columns(v), damping)) <= 1e-11
-    assert operator.largest_eigenvalue() is None
+    assert largest(operator) <= float(operator.largest_eigenvalue()) <= 1.2 * largest(operator)
     flat_ones = GaussNewton(positive, criterion, x, counts.clamp(min=0), route="dual")
     wanted = dense_inverse(flat_ones.dense(), columns(v), damping)
     assert relative_error(columns(flat_ones.flat_inverse(v, damping)), wanted) <= 1e-11

@@ -20,7 +20,7 @@ from .loss_hessian import LossHessian
 
 #: Steps of the power iteration for the largest eigenvalue: each is a product with a matrix of N x N.
 _POWER_STEPS = 32
-_SEED = 0
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 class DualSpace:
@@ -96,27 +96,29 @@ class DualSpace:
                 result.append(onto.div_(damping).to(t.dtype))
             return result
 
-    def largest_eigenvalue(self) -> Tensor | None:
-        """By power iteration in the span of the rows, plus the residual of that; None where a weight is negative.
+    def largest_eigenvalue(self) -> Tensor:
+        """By power iteration in the span of the rows, plus the residual of that, at most the trace.
 
-        The residual makes the estimate err upwards, where a step that is made of it is safe.
+        Errs upwards, where a step that is made of it is safe: by the residual, and by rows of negative weight, which
+        are left out. No random numbers are drawn, and nothing waits for the device.
         """
         with self._recording.reading():
-            if self._has_negative_weights():
-                return None
             gram = next(iter(self._grams.values()), None)
             if gram is None:
                 gram = self._gram(_reference.opmath(self._recording.params[0].dtype))
-            root = self._low_rank.weights.sqrt().to(gram)
-            generator = torch.Generator(gram.device).manual_seed(_SEED)
-            x = torch.randn(self._count, dtype=gram.dtype, device=gram.device, generator=generator)
-            product = x
+            weights = self._low_rank.weights.clamp(min=0)
+            root = weights.sqrt().to(gram)
+            # Numbers between 1 and 2 that repeat no pattern: what is alike in all rows is there, and the rest is.
+            product = 1 + (torch.arange(1, self._count + 1, dtype=self._wide, device=gram.device) * _GOLDEN).frac().to(
+                gram
+            )
+            x = product
             for _ in range(_POWER_STEPS):
                 x = product / product.norm().clamp(min=torch.finfo(gram.dtype).tiny)
                 product = root * (gram @ (root * x))
             value = x @ product
             bound = value + (product - value * x).norm()
-            trace = (self._low_rank.weights * gram.diagonal()).sum()
+            trace = (weights * gram.diagonal()).sum()
             return torch.minimum(bound.to(trace), trace)
 
     def _gram(self, dtype: torch.dtype) -> Tensor:

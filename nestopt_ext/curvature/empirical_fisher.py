@@ -32,11 +32,12 @@ class EmpiricalFisher(ModelCurvature):
     their sum.
 
     All arguments, what is kept, ``microbatch`` and what is left untouched are as in :class:`GaussNewton`. The matrix is
-    positive semidefinite with rank at most the number of examples; for up to 4096 of them solvers may ask for the g_n.
-    A product costs about three backward passes.
+    positive semidefinite with rank at most the number of terms n. A product costs about a forward and a backward pass.
+    ``route`` is as there; with one gradient for each term, in place of one for each output, the dual route pays from a
+    few products on.
 
-    Raises TypeError or ValueError for bad arguments, and RuntimeError, with the way out, where PyTorch has no second
-    derivative of the model.
+    Raises TypeError or ValueError for bad arguments, among them ``route="dual"`` for a model whose examples cannot be
+    told apart, and RuntimeError, with the way out, where PyTorch has no second derivative of the model.
 
     Source: Martens, New insights and perspectives on the natural gradient method (2020), section 11, on how it differs
     from the Fisher matrix. The scale agrees with the EF operator of curvlinops where that has neither class weights nor
