@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from cases import F64, flat, generator, normal, relative_error
 from solver_cases import matrix_of
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nestopt_ext.curvature import Diagonal, EmpiricalFisher, GaussNewton, OverBatches, Plan, loss_hessian
@@ -51,6 +52,27 @@ WEIGHT = torch.tensor([1.0, 2.0, 0.5], dtype=F64)
 IGNORED = torch.tensor([0, -100, 2, 1, -100, 2, 0])
 
 
+class Tokens(nn.Module):
+    """A transformer block whose outputs are a row of logits for each token, [B T, V], by the table of the tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(6, 4)
+        self.block = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True, activation="gelu")
+
+    def forward(self, tokens):
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.linear(self.block(self.embed(tokens)), self.embed.weight).reshape(-1, 6)
+
+
+def cnn():
+    """Many positions and a few, groups, statistics of the past and of each example, a transposed layer."""
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2, groups=2),
+        nn.GroupNorm(2, 4), nn.SiLU(), nn.ConvTranspose2d(4, 2, 2), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8, 3),
+    ).eval()  # fmt: skip
+
+
 class Own(nn.Module):
     """A criterion that is not known, a mean over examples."""
 
@@ -78,6 +100,8 @@ def problem(name, dtype):
             lambda: positions(nn.Linear(5, 3)), nn.MSELoss(), sequence, normal(3, 4, 3, 3).to(dtype)
         ),
         "one example": (mlp, nn.CrossEntropyLoss(), x[:1], classes(1, 1)),
+        "images": (cnn, nn.CrossEntropyLoss(), normal(0, 4, 2, 9, 9).to(dtype), classes(1, 4)),
+        "tokens": (Tokens, nn.CrossEntropyLoss(), classes(0, 3, 2, high=6), classes(1, 6, high=6)),
     }  # fmt: skip
     make, criterion, inputs, targets = found[name]
     return seeded(make, dtype), criterion, inputs, targets
@@ -85,7 +109,7 @@ def problem(name, dtype):
 
 PROBLEMS = [
     "cross entropy", "sum", "masked", "probabilities", "squares", "logistic", "poisson", "tied",
-    "classes at positions", "squares at positions", "one example",
+    "classes at positions", "squares at positions", "one example", "images", "tokens",
 ]  # fmt: skip
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import _ops
 from .._low_rank import ExplicitRows, RowBlock, Scale, ZeroRows
-from ._examples import Gradients
+from ._examples import Gradients, Use
 from ._tape import OuterProducts, Rows
 
 
@@ -137,24 +137,55 @@ class SummedRows(RowBlock):
             block.add_lifted(c, onto)
 
 
-def block_of(uses: Sequence[Gradients], count: int, like: Tensor) -> RowBlock:
+class RemadeRows(RowBlock):
+    """Rows of gradients that a layer makes anew each time they are asked for, one layer at a time."""
+
+    def __init__(self, make: Callable[[], Gradients], count: int, like: Tensor) -> None:
+        super().__init__(count, like.shape, like.device)
+        self._make = make
+        self._like = like
+        self.unit = max(1, self.numel // len(like)) if like.dim() else 1
+
+    def _made(self) -> RowBlock:
+        return _kept(self._make(), self.count, self._like)
+
+    def columns(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Of what is made."""
+        return self._made().columns(start, stop, dtype)
+
+    def add_gram(self, gram: Tensor, scale: Scale = None) -> None:
+        """By what is made."""
+        self._made().add_gram(gram, scale)
+
+    def add_projected(self, v: Tensor, onto: Tensor) -> None:
+        """By what is made."""
+        self._made().add_projected(v, onto)
+
+    def add_lifted(self, c: Tensor, onto: Tensor) -> None:
+        """By what is made."""
+        self._made().add_lifted(c, onto)
+
+
+def block_of(uses: Sequence[Use], count: int, like: Tensor) -> RowBlock:
     """The ``count`` rows of the param ``like``, from the gradients of each use of it."""
-    if not uses:
-        return ZeroRows(count, like.shape, like.device)
-    if len(uses) > 1 and len({_kind(u) for u in uses}) == 1 and isinstance(uses[0], OuterProducts):
-        # The uses are more positions.
-        outer = [u for u in uses if isinstance(u, OuterProducts)]
+    outer = [u for u in uses if isinstance(u, OuterProducts)]
+    if len(outer) == len(uses) > 1 and len({_sizes(u) for u in outer}) == 1:  # the uses are more positions
         uses = [OuterProducts(torch.cat([u.left for u in outer], 1), torch.cat([u.right for u in outer], 1))]
-    blocks: list[RowBlock] = [
-        ExplicitRows(u.rows.reshape(count, *like.shape)) if isinstance(u, Rows) else OuterRows(u, like.shape)
-        for u in uses
-    ]
+    blocks = [RemadeRows(u, count, like) if callable(u) else _kept(u, count, like) for u in uses]
+    if not blocks:
+        return ZeroRows(count, like.shape, like.device)
     return blocks[0] if len(blocks) == 1 else SummedRows(blocks)
 
 
-def _kind(use: Gradients) -> tuple[int, ...]:
+def _kept(gradients: Gradients, count: int, like: Tensor) -> RowBlock:
+    if isinstance(gradients, Rows):
+        return ExplicitRows(gradients.rows.reshape(count, *like.shape))
+    return OuterRows(gradients, like.shape)
+
+
+def _sizes(use: OuterProducts) -> tuple[int, ...]:
     """What must be equal for uses to be positions of one another."""
-    return () if isinstance(use, Rows) else (use.left.shape[2], use.left.shape[3], use.right.shape[3])
+    return use.left.shape[2], use.left.shape[3], use.right.shape[3]
 
 
 def products_are_cheaper(rows: int, batch: int, positions: int, out: int, features: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -14,6 +15,8 @@ from ._tape import MixesExamples, Node, OuterProducts, Rows, Tape
 
 #: Gradients of a param, one for each example, as a layer gives them.
 Gradients: TypeAlias = OuterProducts | Rows
+#: The same, or what makes them where they take much memory.
+Use: TypeAlias = Gradients | Callable[[], Gradients]
 
 
 @dataclass(frozen=True)
@@ -67,14 +70,14 @@ def _dim_of(node: Node, examples: Examples, needed: bool) -> int | None:
         return None
 
 
-def example_gradients(tape: Tape, examples: Examples, cotangents: Tensor) -> list[list[Gradients]]:
+def example_gradients(tape: Tape, examples: Examples, cotangents: Tensor) -> list[list[Use]]:
     """The gradients of each param for ``cotangents`` [m, *outputs]: of each use of it, one for each example.
 
     What comes from cotangents is [m B, ...], m times one for each of the B examples; features of the operands are
     [B, ...]. Nothing of the size of the params is formed, and no products of all cotangents with the weights but those
     that carry them on. Raises :class:`MixesExamples` where a layer has no gradients for each example.
     """
-    found: list[list[Gradients]] = [[] for _ in range(tape.num_params)]
+    found: list[list[Use]] = [[] for _ in range(tape.num_params)]
     waiting: dict[int, Tensor] = {tape.output_slot: cotangents}
     for node in reversed(tape.nodes):
         cotangent = waiting.pop(node.output, None)
@@ -83,7 +86,8 @@ def example_gradients(tape: Tape, examples: Examples, cotangents: Tensor) -> lis
         onwards = [i for i in node.wanted if node.slots[i] >= tape.num_params]
         for i in node.wanted:
             if node.slots[i] < tape.num_params:
-                found[node.slots[i]].append(_of_layer(node, i, cotangent, examples))
+                make = functools.partial(_of_layer, node, i, cotangent, examples)
+                found[node.slots[i]].append(make if node.gradients_are_large else make())
         if onwards:
             for i, part in zip(onwards, _carried(node, onwards, cotangent), strict=True):
                 slot = node.slots[i]

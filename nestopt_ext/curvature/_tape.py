@@ -63,6 +63,8 @@ class Node:
     macs: int = 0
     #: Operands i and j, where an example's gradient of j is the sum over positions of the left factors of that of i.
     weight_and_bias: ClassVar[tuple[int, int] | None] = None
+    #: Whether the gradients of examples take much memory of their own, so that they are better made than kept.
+    gradients_are_large: ClassVar[bool] = False
 
     def __init__(self, *operands: Any) -> None:
         self.slots = tuple(x.slot if isinstance(x, Var) else -1 for x in operands)
