@@ -6,8 +6,8 @@ from cases import F64, generator, normal
 
 from nestopt_ext import _low_rank
 from nestopt_ext._low_rank import ExplicitRows, LowRank, StackedRows, ZeroRows, explicit, stacked_low_rank
-from nestopt_ext.curvature._example_rows import OuterRows, SummedRows, block_of, gram_macs
-from nestopt_ext.curvature._tape import OuterProducts, Rows
+from nestopt_ext.curvature._example_rows import OuterRows, PickedRows, RemadeRows, SummedRows, block_of, gram_macs
+from nestopt_ext.curvature._tape import OuterProducts, Picked, Rows
 
 
 def outer(seed, copies, batch, positions, groups, out, features):
@@ -31,6 +31,11 @@ def blocks():
     for name, size in sizes.items():
         gradients, rows = outer(1, *size)
         yield name, OuterRows(gradients, rows.shape[1:]), rows
+    for name, table in (("picked", 20), ("picked, cheaper as columns", 4)):
+        index = torch.randint(table, (3, 3), generator=generator(4))
+        picked = Picked(normal(3, 6, 3, 2), index, table)
+        rows = Picked(picked.left, index.repeat(2, 1), table).rows
+        yield name, PickedRows(picked, rows.shape[1:]), rows
     rows = normal(2, 6, 4, 3)
     yield "explicit", ExplicitRows(rows), rows
     yield "of a number", ExplicitRows(normal(3, 5)), normal(3, 5)
@@ -39,6 +44,7 @@ def blocks():
     one, first = outer(4, 2, 3, 2, 1, 4, 3)
     other = normal(5, 6, 4, 3)
     yield "summed", SummedRows([OuterRows(one, first.shape[1:]), ExplicitRows(other)]), first + other
+    yield "made anew", RemadeRows(lambda: one, 6, first[0]), first
     yield (
         "stacked",
         StackedRows([OuterRows(one, first.shape[1:]), ExplicitRows(other[:2])]),

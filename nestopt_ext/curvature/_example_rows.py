@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .. import _ops
+from .. import _low_rank, _ops
 from .._low_rank import ExplicitRows, RowBlock, Scale, ZeroRows
 from ._examples import Gradients, Use
-from ._tape import OuterProducts, Rows
+from ._tape import OuterProducts, Picked, Rows
 
 
 class OuterRows(RowBlock):
@@ -111,6 +112,65 @@ class OuterRows(RowBlock):
                 target[:, g] += combined.transpose(1, 2) @ features
 
 
+class PickedRows(RowBlock):
+    """Rows that are zero but in the rows of a table [V, D] that T positions pick, m B of them as in :class:`OuterRows`.
+
+    ``left`` is [m B, T, D] and ``index`` [B, T].
+    """
+
+    def __init__(self, gradients: Picked, shape: torch.Size) -> None:
+        left = gradients.left
+        super().__init__(len(left), shape, left.device)
+        self._left, self._index = left, gradients.index
+        self._batch, self._positions = self._index.shape
+        self._copies = len(left) // max(1, self._batch)
+        self.unit = max(1, left.shape[2])
+
+    def columns(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Formed for the rows of the table that the range touches."""
+        first, last = start // self.unit, -(-stop // self.unit)
+        inside = (self._index >= first) & (self._index < last)
+        place = torch.where(inside, self._index - first, 0).repeat(self._copies, 1)
+        place = place + (last - first) * torch.arange(self.count, device=self.device).unsqueeze(1)
+        values = self._left.to(dtype) * inside.repeat(self._copies, 1).unsqueeze(2)
+        found = values.new_zeros(self.count * (last - first), self.unit)
+        found.index_add_(0, place.flatten(), values.flatten(0, 1))
+        return found.view(self.count, -1)[:, start - first * self.unit : stop - first * self.unit]
+
+    def add_gram(self, gram: Tensor, scale: Scale = None) -> None:
+        """By the inner products at positions that pick the same row, or by columns where that is cheaper."""
+        positions = self._positions
+        if positions**2 > self.shape[0]:
+            super().add_gram(gram, scale)
+            return
+        index = self._index.repeat(self._copies, 1)
+        left = self._left.to(gram.dtype)
+        scaled = left
+        if scale is not None:
+            scaled = left * (scale[index].to(gram.dtype) if isinstance(scale, Tensor) and scale.dim() else scale)
+        step = max(1, math.isqrt(_low_rank.AT_ONCE) // positions)
+        parts = [slice(first, min(first + step, self.count)) for first in range(0, self.count, step)]
+        for i in parts:
+            for j in parts:
+                products = scaled[i].flatten(0, 1) @ left[j].flatten(0, 1).T
+                products *= index[i].flatten().unsqueeze(1) == index[j].flatten()
+                shape = (i.stop - i.start, positions, j.stop - j.start, positions)
+                gram[i, j] += products.view(shape).sum((1, 3))
+
+    def add_projected(self, v: Tensor, onto: Tensor) -> None:
+        """By the inner products of the left factors with the rows of v that are picked."""
+        left = self._left.to(v.dtype).view(self.count, -1)
+        for row, total in zip(v, onto, strict=True):
+            _ops.row_dot_(total, left, row[self._index].reshape(self._batch, -1))
+
+    def add_lifted(self, c: Tensor, onto: Tensor) -> None:
+        """By the sum of the left factors over cotangents, added to the rows that are picked."""
+        left = self._left.to(onto.dtype).view(self._copies, self._batch, -1)
+        combined = _combined(c.to(onto.dtype).view(len(c), self._copies, self._batch), left)
+        for rows, total in zip(combined, onto, strict=True):
+            total.index_add_(0, self._index.flatten(), rows.reshape(-1, self.unit))
+
+
 class SummedRows(RowBlock):
     """Rows that are sums of the rows of several blocks: of a param that is used in several places."""
 
@@ -180,6 +240,8 @@ def block_of(uses: Sequence[Use], count: int, like: Tensor) -> RowBlock:
 def _kept(gradients: Gradients, count: int, like: Tensor) -> RowBlock:
     if isinstance(gradients, Rows):
         return ExplicitRows(gradients.rows.reshape(count, *like.shape))
+    if isinstance(gradients, Picked):
+        return PickedRows(gradients, like.shape)
     return OuterRows(gradients, like.shape)
 
 

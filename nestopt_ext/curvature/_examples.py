@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ._recording import Opaque
-from ._tape import MixesExamples, Node, OuterProducts, Rows, Tape
+from ._tape import MixesExamples, Node, OuterProducts, Picked, Rows, Tape
 
 #: Gradients of a param, one for each example, as a layer gives them.
-Gradients: TypeAlias = OuterProducts | Rows
+Gradients: TypeAlias = OuterProducts | Picked | Rows
 #: The same, or what makes them where they take much memory.
 Use: TypeAlias = Gradients | Callable[[], Gradients]
 
@@ -110,16 +110,22 @@ def _carried(node: Node, operands: Sequence[int], cotangent: Tensor) -> list[Ten
 
 def _of_layer(node: Node, i: int, cotangent: Tensor, examples: Examples) -> Gradients:
     dims = examples.of(node)
-    kind: list[type[Gradients]] = []
+    made: list[Gradients] = []
 
     def one(u: Tensor) -> tuple[Tensor, ...]:
         gradients = node.example_gradients(i, u, dims, examples.batch)
-        kind.append(type(gradients))
-        return (gradients.rows,) if isinstance(gradients, Rows) else (gradients.left, gradients.right)
+        made.append(gradients)
+        if isinstance(gradients, Rows):
+            return (gradients.rows,)
+        return gradients.left, gradients.right if isinstance(gradients, OuterProducts) else gradients.index
 
-    first, *right = _for_each(one, cotangent)
-    first = first.flatten(0, 1)
-    return OuterProducts(first, right[0][0]) if kind[0] is OuterProducts else Rows(first)
+    first, *shared = _for_each(one, cotangent)
+    first, kind = first.flatten(0, 1), made[0]
+    if isinstance(kind, Rows):
+        return Rows(first)
+    if isinstance(kind, Picked):
+        return Picked(first, shared[0][0], kind.size)
+    return OuterProducts(first, shared[0][0])
 
 
 def _for_each(function: Callable[[Tensor], tuple[Tensor, ...]], cotangent: Tensor) -> list[Tensor]:

@@ -146,6 +146,9 @@ def costs(tape: Tape, params: TensorList, batch: int, rank: int) -> Costs:
 def _gram_of(node: Node, param: Tensor, batch: int, rows: int) -> tuple[float, int]:
     """Multiplications of the Gram matrix of a param, and elements that are kept of its rows."""
     size = max(1, param.numel())
+    if node.num_picked:
+        positions, width = node.num_picked // batch, size // param.shape[0]
+        return gram_macs(rows, 0, positions, width, 0)[0], rows * positions * width
     positions = node.macs // (batch * size)
     if param.dim() < 2 or positions == 0:
         return 0.5 * float(rows) ** 2 * size, rows * size

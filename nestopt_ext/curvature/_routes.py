@@ -80,8 +80,8 @@ class Routes:
         if self._space is None and self._make is not None and self.reason is None:
             try:
                 self._space = self._make()
-            except MixesExamples as error:  # a layer without gradients for each example
-                self.reason = str(error)
+            except (MixesExamples, NotImplementedError) as error:  # a layer without gradients for each example
+                self.reason = str(error) or "a layer has no gradients for each example"
             self._make = None
         return self._space
 
