@@ -1,12 +1,12 @@
 """Nested (bilevel) optimization for PyTorch: one set of parameters optimized inside the objective of another.
 
 Optimizers     ComplexSGD, ComplexAdam, effective_lr; ExtraSGD, ExtraAdam, OptimisticSGD, OptimisticAdam
-Products       hvp, ggnvp, loss_hessian
+Products       hvp, ggnvp, loss_hessian; linearize
 Curvature      Hessian, GaussNewton, EmpiricalFisher, RankOne, KFAC, Diagonal; OverBatches, all_reduced
 Inverses       neumann_ihvp, cg_ihvp, solve; Neumann, ConjugateGradient, Identity, Exact, FixedPoint, Nystrom, Woodbury;
                Solution, Status
-Hypergradients hypergradient, best_response, FixedPointMap; unrolled, gradient_step; hoag, BilevelLoop;
-               check_hypergradient, estimate_cost
+Hypergradients hypergradient, CapturedHypergradient, best_response, FixedPointMap; unrolled, gradient_step; hoag,
+               BilevelLoop; check_hypergradient, estimate_cost
 Games          games
 This build     native_status, build_info
 """
@@ -28,10 +28,12 @@ from .curvature import (
     all_reduced,
     ggnvp,
     hvp,
+    linearize,
     loss_hessian,
 )
 from .hypergrad import (
     BilevelLoop,
+    CapturedHypergradient,
     FixedPointMap,
     best_response,
     check_hypergradient,
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
 __all__ = [
     "KFAC",
     "BilevelLoop",
+    "CapturedHypergradient",
     "ComplexAdam",
     "ComplexSGD",
     "ConjugateGradient",
@@ -99,6 +102,7 @@ __all__ = [
     "hoag",
     "hvp",
     "hypergradient",
+    "linearize",
     "loss_hessian",
     "native_status",
     "neumann_ihvp",

@@ -382,7 +382,7 @@ def hadamard_gram_(gram: Tensor, x: Tensor, y: Tensor, *, positions: int = 1) ->
     ``gram`` [N, N] (float32 or float64, any strides) is updated in place; it need not be symmetric. ``x`` [N T, O] and
     ``y`` [M T, I], N a multiple of M, have one dtype: float32, float64 (beside float64 alone), bfloat16 or float16. The
     inner products of rows are matrix products of torch, of float32 for 16-bit rows; the products of them are taken and
-    added up in the dtype of ``gram`` or a wider one. Beside ``gram`` some 16 MB are needed, whatever N and T. With the
+    added up in the dtype of ``gram`` or a wider one. Beside ``gram`` a few panels of at most 8 MB are needed. With the
     weights of a linear layer, x the gradients of its outputs and y its inputs, or the other way round, this is the Gram
     matrix of the gradients of N examples. Has no derivative.
     """

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from rules import Wrapped, check_example_gradients, check_rule
 from torch import nn
 
+from nestopt_ext.curvature import linearize
+
 F64 = torch.float64
 
 
@@ -73,8 +75,6 @@ def test_functions(name):
 def test_linear_on_any_number_of_dimensions(shape, bias):
     model = seeded(lambda: nn.Sequential(nn.Linear(4, 6, bias=bias), nn.Tanh(), nn.Linear(6, 3, bias=bias)).double())
     if 0 in shape:
-        from nestopt_ext.curvature import linearize
-
         jacobian = linearize(model, normal(*shape))
         assert jacobian.reason is None
         zeros = jacobian.vjp(normal(0, 3))
@@ -97,10 +97,19 @@ def test_a_weight_used_twice_and_a_frozen_one():
     check_example_gradients(model, normal(5, 4))
     frozen = seeded(lambda: mlp(nn.Tanh()))
     frozen[0].requires_grad_(False)
-    from nestopt_ext.curvature import linearize
-
     jacobian = linearize(frozen, normal(5, 4))
     assert jacobian.reason is None and not jacobian.opaque
     v = {"2.weight": torch.ones(3, 6, dtype=F64), "2.bias": torch.zeros(3, dtype=F64)}
     hidden = torch.tanh(frozen[0](normal(5, 4)))
     torch.testing.assert_close(jacobian.jvp(v), hidden.detach() @ v["2.weight"].T)
+
+
+def test_a_frozen_weight_that_changes_is_noticed():
+    model = seeded(lambda: mlp(nn.Tanh()))
+    jacobian = linearize(model, normal(5, 4), ["0.weight"])
+    before = jacobian.vjp(normal(5, 3))
+    with torch.no_grad():
+        model[2].weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"^linearize: model must be computed from the params as they are"):
+        jacobian.vjp(normal(5, 3))
+    assert before["0.weight"].isfinite().all()

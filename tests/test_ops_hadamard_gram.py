@@ -80,6 +80,12 @@ def test_the_gram_matrix_of_the_matrices(pair, sizes, device):
     check(*factors(sizes, pair, device), positions=sizes[2])
 
 
+def test_long_rows_of_16_bits(device):
+    """They are not converted all at once."""
+    check(*factors((8, 8, 1, 270_000, 2), PAIRS[1], device))
+    check(*factors((8, 4, 1, 2, 530_000), PAIRS[1], device))
+
+
 def test_known_numbers(device):
     gram = torch.tensor([[0.0, 1.0], [2.0, 3.0]], device=device)
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], device=device)  # Gram 5 11 / 11 25
@@ -94,13 +100,12 @@ def test_known_numbers(device):
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "-".join(map(str, s)))
-def test_what_is_added_is_symmetric_to_the_bit(sizes, native):
-    _, x, y = factors(sizes)
-    gram = torch.zeros(sizes[0], sizes[0])
+def test_what_is_added_is_symmetric(sizes, native):
+    gram, x, y = factors(sizes)
+    gram.zero_()
     _ops.hadamard_gram_(gram, x, y, positions=sizes[2])
-    assert sizes[0] == 1 or gram.abs().min() < gram.abs().max()
-    strip = slice(0, 32)  # a product of a strip with itself is torch's, which is symmetric to rounding
-    assert torch.allclose(gram[strip, strip], gram[strip, strip].T, rtol=1e-4, atol=1e-4 * gram.abs().max().item())
+    torch.testing.assert_close(gram, gram.T, rtol=0, atol=1e-5 * gram.abs().max().item())
+    assert same_bits(gram[256:, 0], gram[0, 256:])  # far from the diagonal only one half is made
 
 
 def test_each_layer_adds_to_one_gram(device):
@@ -187,8 +192,8 @@ def test_the_same_bits_on_any_number_of_threads(native):
     cases = [
         (factors(sizes, pair), sizes[2])
         for sizes, pair in [
-            ((64, 64, 1, 5000, 784), PAIRS[0]),
-            ((256, 256, 1, 64, 3000), PAIRS[0]),
+            ((64, 64, 1, 3000, 784), PAIRS[0]),
+            ((128, 128, 1, 64, 1500), PAIRS[0]),
             ((1, 1, 1, 100_000, 70), PAIRS[0]),
             ((40, 10, 1, 3000, 3000), PAIRS[1]),
             ((300, 100, 3, 900, 50), PAIRS[3]),
@@ -196,7 +201,7 @@ def test_the_same_bits_on_any_number_of_threads(native):
         ]
     ]
     results = []
-    for threads in (1, 2, 5, 1):
+    for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         results.append([])
         for (gram, x, y), positions in cases:
@@ -440,7 +445,7 @@ def test_fuzz():
     small = st.integers(1, 5)
     layouts = st.sampled_from(GRAM_LAYOUTS)
 
-    @hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    @hypothesis.settings(max_examples=40, deadline=None, derandomize=True, database=None)
     @hypothesis.given(small, st.integers(1, 40), small, small, small, st.sampled_from(PAIRS), layouts, layouts, layouts)
     def run(copies, distinct, positions, x_features, y_features, pair, gram_layout, x_layout, y_layout):
         tensors = factors((copies * distinct, distinct, positions, x_features, y_features), pair)

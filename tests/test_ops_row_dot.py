@@ -15,7 +15,7 @@ INF, NAN = float("inf"), float("nan")
 PAIRS = [(torch.float32, d) for d in FLOATING if d != torch.float64] + [(torch.float64, d) for d in FLOATING]
 PAIR_IDS = [f"{name_of(out)}-{name_of(x)}" for out, x in PAIRS]
 #: One column, around the vectors, warps and pieces of the kernels, and several pieces.
-COLUMNS = [1, 2, 7, 16, 31, 33, 100, 511, 513, 2049, 65_537, 200_001]
+COLUMNS = [1, 2, 7, 16, 31, 33, 100, 511, 513, 2049, 65_537, 140_001]
 
 
 def factors(rows, divisor, columns, pair=PAIRS[0], device="cpu"):
@@ -48,7 +48,7 @@ def check(out, x, y):
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("pair", PAIRS, ids=PAIR_IDS)
 def test_right_to_a_few_roundings(pair, columns, device):
-    for divisor in (1, 3, 6):
+    for divisor in (1, 3, 6) if columns < 3000 else (3,):
         check(*factors(6, divisor, columns, pair, device))
 
 

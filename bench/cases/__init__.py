@@ -4,7 +4,9 @@ from . import captured as captured
 from . import complex_adam as complex_adam
 from . import complex_sgd as complex_sgd
 from . import dual_series as dual_series
+from . import hadamard_gram as hadamard_gram
 from . import hypergradient as hypergradient
 from . import neumann as neumann
 from . import rank_one_update as rank_one_update
+from . import row_dot as row_dot
 from . import softmax_hessian as softmax_hessian

@@ -10,8 +10,8 @@
 namespace nestopt::cpu {
 namespace {
 
-constexpr int kSide = 8;             // rows and columns that are transposed at once
-constexpr int64_t kColumns = 1024;   // of a panel, whose sums stay in the first-level cache
+constexpr int kSide = 8;            // rows and columns that are transposed at once
+constexpr int64_t kColumns = 1024;  // of a panel, whose sums stay in the first-level cache
 
 template <class T>
 struct SideOf {
@@ -33,17 +33,25 @@ NESTOPT_HD void add_side(T* to, const Side<T>& side) {
   memcpy(to, &sum, sizeof sum);
 }
 
+// The first or the second half of two sides, element by element in turns.
+template <class T>
+NESTOPT_HD void interleave(const Side<T>& a, const Side<T>& b, Side<T>& low, Side<T>& high) {
+#if defined(__clang__)
+  low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  high = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  using Index = Side<std::conditional_t<sizeof(T) == 8, int64_t, int32_t> >;
+  low = __builtin_shuffle(a, b, Index{0, 8, 1, 9, 2, 10, 3, 11});
+  high = __builtin_shuffle(a, b, Index{4, 12, 5, 13, 6, 14, 7, 15});
+#endif
+}
+
 // In three rounds, each of which interleaves the first half of the rows with the second.
 template <class T>
 NESTOPT_HD void transpose(Side<T> (&rows)[kSide]) {
-  using Index = Side<std::conditional_t<sizeof(T) == 8, int64_t, int32_t>>;
-  constexpr Index kLow = {0, 8, 1, 9, 2, 10, 3, 11}, kHigh = {4, 12, 5, 13, 6, 14, 7, 15};
   for (int round = 0; round < 3; ++round) {
     Side<T> next[kSide];
-    for (int i = 0; i < kSide / 2; ++i) {
-      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kSide / 2], kLow);
-      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kSide / 2], kHigh);
-    }
+    for (int i = 0; i < kSide / 2; ++i) interleave<T>(rows[i], rows[i + kSide / 2], next[2 * i], next[2 * i + 1]);
     for (int i = 0; i < kSide; ++i) rows[i] = next[i];
   }
 }

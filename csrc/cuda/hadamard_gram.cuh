@@ -9,12 +9,13 @@
 
 namespace nestopt::cuda {
 
-constexpr int kTile = 32;       // rows and columns that a block of threads transposes at once
+constexpr int kTile = 32;  // rows and columns that a block of threads transposes at once
 constexpr int kTileThreads = 256;
 
 // One position. Neighbouring threads write neighbouring entries, of the mirror image too.
 template <class D, class G>
-__global__ void __launch_bounds__(kTileThreads) hadamard_products_kernel(const HadamardGramTile __grid_constant__ tile) {
+__global__ void __launch_bounds__(kTileThreads)
+    hadamard_products_kernel(const HadamardGramTile __grid_constant__ tile) {
   constexpr int kStep = kTileThreads / kTile;
   __shared__ G products[kTile][kTile + 1];  // so that a column is in as many banks as a row
   const int lane = threadIdx.x % kTile;

@@ -6,7 +6,8 @@
 
 namespace nestopt::cuda {
 
-// Inner products are of D, the Gram matrix is of G. Neither allocates nor synchronizes. Returns the error of the launch.
+// Inner products are of D, the Gram matrix is of G. Neither allocates nor synchronizes. Returns the error of the
+// launch.
 template <class D, class G>
 cudaError_t add_hadamard_tile(const HadamardGramTile& tile, cudaStream_t stream);
 

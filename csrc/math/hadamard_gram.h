@@ -1,9 +1,9 @@
 // The Gram matrix of the matrices A_n = sum_t x_nt y_nt', which are never formed: its entry (n, m) is the sum over
 // positions s and t of (x_ns . x_mt) (y_ns . y_mt). The definition is hadamard_gram_ in nestopt_ext/_reference.py.
 //
-// Inner products of rows of x, and of y, come in panels, made by a matrix product. A tile is what one panel of each adds
-// to the Gram matrix: they are multiplied, summed over the positions of each pair of examples, and added, all in one
-// pass. Of the symmetric result one half is made; what lies off the diagonal is added to its mirror image as well.
+// Inner products of rows of x, and of y, come in panels, made by a matrix product. A tile is what one panel of each
+// adds to the Gram matrix: they are multiplied, summed over the positions of each pair of examples, and added, all in
+// one pass. Of the symmetric result one half is made; what lies off the diagonal is added to its mirror image as well.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// Inner products of rows: out[i] += sum_d x[i, d] y[i mod M, d]. The definition is row_dot_ in nestopt_ext/_reference.py.
+// Inner products of rows: out[i] += sum_d x[i, d] y[i mod M, d]. The definition is row_dot_ in
+// nestopt_ext/_reference.py.
 //
 // A row is cut into pieces, so that a few long rows too keep many threads busy. What is added up, and in which order,
 // depends on the number of columns alone. Sums in float32 are short; they are added up in double.

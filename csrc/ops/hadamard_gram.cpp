@@ -1,5 +1,5 @@
-// hadamard_gram_: checks, layout, then panels of inner products by at::mm and the kernel of the device, which multiplies
-// and adds them. Schema and definition: nestopt_ext/_ops.py.
+// hadamard_gram_: checks, layout, then panels of inner products by at::mm and the kernel of the device, which
+// multiplies and adds them. Schema and definition: nestopt_ext/_ops.py.
 #include "ops/boxed.h"
 
 #include <ATen/Parallel.h>
@@ -182,8 +182,8 @@ class HadamardGram {
     return products;
   }
 
-  // Adds all pairs of copies of two sets of examples of y, unordered pairs once: the columns are whole examples, and the
-  // rows begin where they do or after them. y_products: of the two; undefined if there is one copy.
+  // Adds all pairs of copies of two sets of examples of y, unordered pairs once: the columns are whole examples, and
+  // the rows begin where they do or after them. y_products: of the two; undefined if there is one copy.
   void add_tile(const Span& rows, const Span& columns, const at::Tensor& y_products) const {
     const std::vector<Span> strips = strips_of(columns);
     const auto count = static_cast<int64_t>(strips.size());
@@ -263,12 +263,16 @@ class HadamardGram {
   }
 };
 
-// While it is there, matrix products that this thread asks for run on this thread alone. Other libraries than MKL see to
-// that in a parallel region. MKL, which torch keeps from adapting to its threads, would still cut long sums into as many
-// parts as there are threads elsewhere, and results would depend on their number.
+// While it is there, matrix products that this thread asks for run on this thread alone. Other libraries than MKL see
+// to that in a parallel region. MKL, which torch keeps from adapting to its threads, would still cut long sums into as
+// many parts as there are threads elsewhere, and results would depend on their number.
 class ProductsOnThisThread {
  public:
-  ProductsOnThisThread() : before_(MKL_Set_Num_Threads_Local != nullptr ? MKL_Set_Num_Threads_Local(1) : 0) {}
+  ProductsOnThisThread() {
+    if (MKL_Set_Num_Threads_Local == nullptr) return;
+    at::get_num_threads();  // has torch set the number for a thread that is new to it, which it would do later else
+    before_ = MKL_Set_Num_Threads_Local(1);
+  }
   ~ProductsOnThisThread() {
     if (MKL_Set_Num_Threads_Local != nullptr) MKL_Set_Num_Threads_Local(before_);
   }
@@ -276,7 +280,7 @@ class ProductsOnThisThread {
   ProductsOnThisThread& operator=(const ProductsOnThisThread&) = delete;
 
  private:
-  int before_;
+  int before_ = 0;
 };
 
 class Cpu {
@@ -360,8 +364,7 @@ at::Tensor dense(const at::Tensor& t) {
 
 template <class Device>
 void hadamard_gram_(BoxedArguments next) {
-  const Arguments arguments{
-      .gram = next.tensor(), .x = next.tensor(), .y = next.tensor(), .positions = next.integer()};
+  const Arguments arguments{.gram = next.tensor(), .x = next.tensor(), .y = next.tensor(), .positions = next.integer()};
   ListCheck checks("hadamard_gram_");
   check(arguments, checks);
   checks.bump_versions();

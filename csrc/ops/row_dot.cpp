@@ -70,9 +70,8 @@ void run_cpu(const at::Tensor& x, RowDots dots) {
   if (!partials.empty()) dots.partials = partials.data();
   const int64_t grain = std::max<int64_t>(1, kGrain / std::min(dots.columns, RowDots::kPiece));
   visit_dtype(x, [&](auto type) {
-    at::parallel_for(0, dots.units(), grain, [&](int64_t first, int64_t last) {
-      cpu::row_dot_units<decltype(type)>(dots, first, last);
-    });
+    at::parallel_for(0, dots.units(), grain,
+                     [&](int64_t first, int64_t last) { cpu::row_dot_units<decltype(type)>(dots, first, last); });
   });
   if (partials.empty()) return;
   for (int64_t row = 0; row < dots.rows; ++row) dots.add_partials(row);

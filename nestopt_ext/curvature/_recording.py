@@ -82,7 +82,7 @@ class Recording:
         self._caller = caller
         self.params = params
         self._evaluation = evaluation
-        self._versions = [(t, t._version) for t in (*params, *data) if not t.is_inference()]
+        self._versions = [(t, t._version) for t in (*params, *data) if not t.is_inference()] + tape.constants
 
     def forward(self, v: TensorList) -> Tensor:
         """J v."""

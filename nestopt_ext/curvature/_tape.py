@@ -175,11 +175,22 @@ REWRITES: dict[Any, Callable[..., Any]] = {}
 OUT_OF_PLACE: dict[Any, Any] = {}
 
 
-def rule(*functions: Any) -> Callable[[_R], _R]:
-    """Registers what records ``functions``."""
+#: Where a rule is told to give its result in the memory of the first argument: the position of that option.
+_INPLACE_POSITION: dict[Rule, int] = {}
+#: The arguments of which a rule keeps no more than copies.
+_COPIED: dict[Rule, Sequence[str]] = {}
+
+
+def rule(*functions: Any, inplace_position: int | None = None, copied: Sequence[str] = ()) -> Callable[[_R], _R]:
+    """Registers what records ``functions``, which may have an option ``inplace``. Arguments named in ``copied`` may be
+    written to later.
+    """
 
     def register(made: _R) -> _R:
         RULES.update(dict.fromkeys(functions, made))
+        if inplace_position is not None:
+            _INPLACE_POSITION[made] = inplace_position
+        _COPIED[made] = copied
         return made
 
     return register
@@ -189,13 +200,22 @@ class Tape:
     """The recording of a function of ``params``: one output tensor, and the nodes between."""
 
     def __init__(
-        self, num_params: int, num_slots: int, nodes: list[Node], data: list[Var], output: Var, opaque: list[str]
+        self,
+        num_params: int,
+        num_slots: int,
+        nodes: list[Node],
+        data: list[Var],
+        constants: list[tuple[Tensor, int]],
+        output: Var,
+        opaque: list[str],
     ) -> None:
         self.outputs = output.value
         self.opaque = tuple(dict.fromkeys(opaque))
         self.nodes = _needed(nodes, output.slot)
         self.all_nodes = nodes
         self.data = data
+        #: What else the nodes were given, and the version it has to keep.
+        self.constants = constants
         self.num_params = num_params
         self._output = output.slot
         self._num_slots = num_slots
@@ -295,6 +315,8 @@ class Recorder(TorchFunctionMode):
         self._values: list[tuple[Tensor, int]] = []
         #: The same for constants that rules were given.
         self._versions: Any = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
+        #: Those of which rules keep no more than what follows from them.
+        self._copied: set[int] = set()
         for p in params:
             self._bind(p, self._new(p.data, active=True))
         for t in data:
@@ -313,7 +335,8 @@ class Recorder(TorchFunctionMode):
             return None
         if any(t._version != version for t, version in (*self._versions.items(), *self._values)):
             raise Unrecordable("a tensor was changed in place after it was used")
-        return Tape(self._num_params, self._num_slots, self.nodes, self.data, var, self.opaque)
+        constants = [(t, version) for t, version in self._versions.items() if id(t) not in self._copied]
+        return Tape(self._num_params, self._num_slots, self.nodes, self.data, constants, var, self.opaque)
 
     # ---- what runs under the mode -----------------------------------------------------------------------------------
 
@@ -380,6 +403,9 @@ class Recorder(TorchFunctionMode):
             finally:
                 # What the function itself has written, running statistics, is its own business.
                 self._versions.update((t, t._version) for t in constants)
+                names = _COPIED[record]
+                given = inspect.signature(record).bind_partial(*args, **kwargs).arguments if names else {}
+                self._copied.update(id(given[name]) for name in names if name in given)
 
     def _check_unwritten(self, func: Any, args: Any, kwargs: Any) -> None:
         """With grad mode off everything is a constant, but the recorded memory must stay as it is."""
@@ -588,7 +614,7 @@ _NOT_WRITING = ("__invert__", "__index__", "__int__", "__iter__", "__instanceche
 def _asks_in_place(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether a call of a function with a rule has its argument ``inplace`` set."""
     record = RULES.get(func)
-    position = getattr(record, "inplace_position", None)
+    position = None if record is None else _INPLACE_POSITION.get(record)
     if position is None:
         return False
     return bool(kwargs.get("inplace", args[position] if len(args) > position else False))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,29 +32,17 @@ class Factor(Node):
         return dims[0]
 
 
-def _with_inplace(record: Callable[..., Any], position: int) -> Callable[..., Any]:
-    """Says where the argument is that asks for the result in the memory of the first one."""
-    record.inplace_position = position  # type: ignore[attr-defined]
-    return record
-
-
-@rule(F.relu, torch.relu, Tensor.relu)
+@rule(F.relu, torch.relu, Tensor.relu, inplace_position=1)
 def relu(input: Operand, inplace: bool = False) -> Any:
     value = torch.relu(value_of(input))
     return Factor(input, value.sign()), value  # 0 or 1, many times faster than a comparison
 
 
-_with_inplace(relu, 1)
-
-
-@rule(F.leaky_relu)
+@rule(F.leaky_relu, inplace_position=2)
 def leaky_relu(input: Operand, negative_slope: float = 0.01, inplace: bool = False) -> Any:
     x = value_of(input)
     factor = torch.where(x > 0, x.new_ones(()), x.new_full((), negative_slope))
     return Factor(input, factor), F.leaky_relu(x, negative_slope)
-
-
-_with_inplace(leaky_relu, 2)
 
 
 @rule(F.gelu)
@@ -65,13 +53,10 @@ def gelu(input: Operand, approximate: str = "none") -> Any:
     )
 
 
-@rule(F.silu)
+@rule(F.silu, inplace_position=1)
 def silu(input: Operand, inplace: bool = False) -> Any:
     x = value_of(input)
     return Factor(input, torch.ops.aten.silu_backward(torch.ones_like(x), x)), F.silu(x)
-
-
-_with_inplace(silu, 1)
 
 
 @rule(F.softplus)

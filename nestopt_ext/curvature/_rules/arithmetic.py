@@ -232,7 +232,7 @@ def _larger(input: Operand, other: Operand, value: Tensor, first: Tensor) -> Any
     return _elementwise((input, other), (factor, 1 - factor), value)
 
 
-@rule(torch.where, Tensor.where)
+@rule(torch.where)
 def where(condition: Operand, input: Any, other: Any) -> Any:
     return _chosen(value_of(condition), condition, input, other)
 

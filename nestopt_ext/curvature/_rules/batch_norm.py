@@ -112,7 +112,7 @@ class BatchNorm(Normalization):
         return sum_but(terms, 0, 2 if dim == 0 else 3).to(self.weight_dtype)
 
 
-@rule(F.batch_norm)
+@rule(F.batch_norm, copied=("running_mean", "running_var"))
 def batch_norm(
     input: Operand,
     running_mean: Operand | None,

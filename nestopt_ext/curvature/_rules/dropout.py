@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from .._tape import Operand, rule, value_of
-from .activations import Factor, _with_inplace
+from .activations import Factor
 
 
-@rule(F.dropout)
+@rule(F.dropout, inplace_position=3)
 def dropout(input: Operand, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     x = value_of(input)
     if not training or p == 0:
@@ -22,13 +22,10 @@ def dropout(input: Operand, p: float = 0.5, training: bool = True, inplace: bool
     return Factor(input, factor), x * factor
 
 
-_with_inplace(dropout, 3)
-
-
 def _of_channels(function: Any, batched_dims: int | None) -> None:
     """Registers a dropout of whole channels. An input of fewer than ``batched_dims`` dimensions is one example."""
 
-    @rule(function)
+    @rule(function, inplace_position=3)
     def dropout_of_channels(input: Operand, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
         x = value_of(input)
         if not training or p == 0:
@@ -38,8 +35,6 @@ def _of_channels(function: Any, batched_dims: int | None) -> None:
         ones = x.new_ones([*x.shape[:kept], *[1] * (x.dim() - kept)])
         factor = function(ones, p, True, inplace)
         return Factor(input, factor), x * factor
-
-    _with_inplace(dropout_of_channels, 3)
 
 
 _of_channels(F.dropout1d, 3)

@@ -173,11 +173,11 @@ class GroupNorm(Normalization):
         rstd: Tensor,
     ) -> None:
         super().__init__(x, weight, bias)
-        t = value_of(x)
-        self.format = _group_format(t)
-        self.x, self.weight, self.bias = t.contiguous(memory_format=self.format), value_of(weight), value_of(bias)
+        # The backward kernel of PyTorch 2.13 for the CPU reads wild memory where images are channels last and not all
+        # of its results are asked for, and does not look at how its arguments lie: all are taken in the plain order.
+        self.x, self.weight, self.bias = value_of(x).contiguous(), value_of(weight), value_of(bias)
         self.groups, self.eps, self.mean, self.rstd = groups, eps, mean, rstd
-        self.channels = [-1] + [1] * (t.dim() - 2)
+        self.channels = [-1] + [1] * (self.x.dim() - 2)
 
     def jvp(self, tangents: Sequence[Tensor | None]) -> Tensor:
         of_x, of_weight, of_bias = tangents
@@ -203,7 +203,7 @@ class GroupNorm(Normalization):
 
     def _kernel(self, u: Tensor, weight: Tensor | None, wanted: Sequence[int]) -> list[Tensor]:
         found = _aten.native_group_norm_backward(
-            u.contiguous(memory_format=self.format),
+            u.contiguous(),
             self.x,
             self.mean,
             self.rstd,
@@ -228,15 +228,6 @@ class GroupNorm(Normalization):
         return sum_but(terms, 0, 2)
 
 
-def _group_format(x: Tensor) -> torch.memory_format:
-    """In what order the kernels of group normalization take their arguments; they do not look themselves."""
-    if x.device.type == "cpu":
-        for dims, order in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-            if x.dim() == dims and not x.is_contiguous() and x.is_contiguous(memory_format=order):
-                return order
-    return torch.contiguous_format
-
-
 def _sizes(shape: Sequence[int]) -> tuple[int, int, int]:
     return shape[0], shape[1], math.prod(shape[2:])
 
@@ -249,12 +240,12 @@ def group_norm(
     n, c, positions = _sizes(x.shape)
     if n * c // num_groups * positions == 1:  # refused by the function itself
         return NotImplemented
-    x = x.contiguous(memory_format=_group_format(x))
+    x = x.contiguous()
     result, mean, rstd = torch.native_group_norm(x, value_of(weight), value_of(bias), n, c, positions, num_groups, eps)
     return GroupNorm(input, weight, bias, num_groups, eps, mean, rstd), result
 
 
-@rule(F.instance_norm)
+@rule(F.instance_norm, copied=("running_mean", "running_var"))
 def instance_norm(
     input: Operand,
     running_mean: Operand | None = None,
@@ -276,6 +267,6 @@ def instance_norm(
         assert running_mean is not None and running_var is not None
         return BatchNorm(input, weight, bias, running_mean, running_var, eps), result
     n, c, positions = _sizes(x.shape)
-    x = x.contiguous(memory_format=_group_format(x))
+    x = x.contiguous()
     _, mean, rstd = torch.native_group_norm(x, value_of(weight), value_of(bias), n, c, positions, c, eps)
     return GroupNorm(input, weight, bias, c, eps, mean, rstd), result
