@@ -259,8 +259,12 @@ def max_abs(tensors: Sequence[Tensor]) -> TensorList:
     """The largest magnitude on each device, NaN where there is one; no temporary of the size of the list."""
     filled = [t.detach() for t in tensors if t.numel()]
     peaks: TensorList = []
-    for positions in by_device(filled).values():
-        norms = torch._foreach_norm([filled[i] for i in positions], float("inf"))
+    for device, positions in by_device(filled).items():
+        if device.type == "cpu":  # where the norm takes an element at a time
+            ends = [torch.aminmax(filled[i]) for i in positions]
+            norms = [torch.maximum(-end.min, end.max) for end in ends]
+        else:
+            norms = list(torch._foreach_norm([filled[i] for i in positions], float("inf")))
         peaks.append(torch.stack([n.to(torch.float32) if n.dtype in FLOATING[2:] else n for n in norms]).amax())
     return peaks
 

@@ -8,26 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ._lists import Structure
+from ._low_rank import LowRank
 from ._types import TensorList
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """A symmetric matrix written as diag(d) + R' diag(c) R.
-
-    ``rows`` holds the r rows of R, [r, *shape] for each tensor; ``weights`` is c, [r]; ``diagonal`` is d, a list like
-    the tensors, or None for zeros.
-    """
-
-    rows: TensorList
-    weights: Tensor
-    diagonal: TensorList | None = None
 
 
 class LinearOperator(ABC):

@@ -4,7 +4,8 @@ import torch
 from cases import F64, Problem, flat, values
 
 from nestopt_ext import _lists
-from nestopt_ext._operator import LinearOperator, LowRank
+from nestopt_ext._low_rank import explicit
+from nestopt_ext._operator import LinearOperator
 
 
 class Counted:
@@ -81,7 +82,7 @@ class DenseOperator(LinearOperator):
             return None
         rows, weights, diagonal = self._low_rank
         split = self._lists(rows)
-        return LowRank(split, weights, None if diagonal is None else [t[0] for t in self._lists(diagonal[None])])
+        return explicit(split, weights, None if diagonal is None else [t[0] for t in self._lists(diagonal[None])])
 
     def flat_series(self, v, num_terms, alpha, damping):
         if not self._series:
@@ -105,3 +106,15 @@ def as_low_rank(matrix):
     values_, vectors = torch.linalg.eigh(matrix)
     shift = values_[0] / 2
     return vectors.T.contiguous(), values_ - shift, torch.full((len(matrix),), float(shift), dtype=F64)
+
+
+def rows_of(low):
+    """The rows of a matrix of low rank, [r, P] in float64."""
+    return torch.cat([_lists.rows(t) for t in low.lift(torch.eye(len(low.weights), dtype=F64))], dim=1)
+
+
+def matrix_of(low):
+    """A matrix of low rank, written out in float64."""
+    rows = rows_of(low)
+    matrix = (rows.T * low.weights.double()) @ rows
+    return matrix if low.diagonal is None else matrix + torch.diag(flat(low.diagonal).double())

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import F64, flat, generator, leaf, normal
+from solver_cases import matrix_of
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -47,9 +48,7 @@ def test_all_batches_are_the_whole(kind, reduction):
         v = {n: normal(3, *p.shape) for n, p in params.items()}
         close(flat(whole(v)), wanted @ flat(v))
     if kind is not Hessian:
-        low = whole.flat_low_rank()
-        rows = torch.cat([r.reshape(len(r), -1) for r in low.rows], dim=1)
-        close((rows.T * low.weights) @ rows, wanted)
+        close(matrix_of(whole.flat_low_rank()), wanted)
     listed = OverBatches(loader, make, list(params.values())[::-1], weights=weights)
     close(flat(listed([v[n] for n in reversed(params)])[::-1]), wanted @ flat(v))
 

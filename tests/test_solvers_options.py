@@ -365,11 +365,11 @@ def test_woodbury_of_a_small_damping_keeps_its_digits_in_single_precision():
 
 
 def test_woodbury_in_pieces(monkeypatch):
-    from nestopt_ext.solvers import woodbury
+    from nestopt_ext import _low_rank
 
     operator = DenseOperator(A, PARAM, low_rank=as_low_rank(A))
     whole = solve(operator, V, Woodbury()).value
-    monkeypatch.setattr(woodbury, "_AT_ONCE", 60)  # five columns of twelve rows
+    monkeypatch.setattr(_low_rank, "AT_ONCE", 60)  # five columns of twelve rows
     assert relative_error(solve(operator, V, Woodbury()).value, whole) < 1e-13
 
 

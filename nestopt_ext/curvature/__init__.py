@@ -1,6 +1,7 @@
 """Products with the curvature of a loss, and the operators that give them."""
 
 from ._operator import CurvatureOperator, Diagonal
+from ._plan import Plan
 from .all_reduced import all_reduced
 from .empirical_fisher import EmpiricalFisher
 from .gauss_newton import GaussNewton, ggnvp
@@ -21,6 +22,7 @@ __all__ = [
     "Linearized",
     "LossHessian",
     "OverBatches",
+    "Plan",
     "RankOne",
     "all_reduced",
     "ggnvp",

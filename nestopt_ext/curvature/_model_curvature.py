@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _reference
-from .._operator import LowRank
+from .._low_rank import LowRank, explicit
 from .._types import TensorList
 from ._criteria import Criterion, Targets, recognize, reduction_of
 from ._evaluation import Evaluation, Replay
@@ -19,7 +19,9 @@ from ._linearization import Linearization
 from ._loop import neumann_sum
 from ._model import Model, Params, batch_size, part_of
 from ._operator import CurvatureOperator
+from ._plan import Plan, Route
 from ._recording import Jacobian, recorded
+from ._routes import Routes, check_route
 from ._vjp import joined
 from .loss_hessian import LossHessian, as_targets, check_criterion
 
@@ -45,8 +47,10 @@ class ModelCurvature(CurvatureOperator):
         targets: Any,
         params: Params,
         microbatch: int | None,
+        route: Route,
     ) -> None:
         caller = type(self).__name__
+        check_route(caller, route)
         self._model = Model(caller, model)
         check_criterion(caller, criterion)
         super().__init__(*self._model.choose(params))
@@ -60,6 +64,7 @@ class ModelCurvature(CurvatureOperator):
             self._size = self._step = None
             self._total: Tensor | int | None = None
             self._whole: Piece | None = self._first(lambda call: self._piece(call, inputs, self._targets, None))
+            self._routes = Routes(caller, route, self._params, self._whole)
             return
         if isinstance(microbatch, bool) or not isinstance(microbatch, int):
             raise TypeError(f"{caller}: microbatch must be None or an int; got {microbatch!r}.")
@@ -69,6 +74,7 @@ class ModelCurvature(CurvatureOperator):
         self._size = batch_size(caller, "inputs and targets", (inputs, self._targets))
         self._step = min(microbatch, max(1, self._size))
         self._whole = self._total = None
+        self._routes = Routes(caller, route, self._params, "microbatch evaluates the model anew for each product")
         self._check_first_part(caller)
 
     def _first(self, evaluate: Callable[[Call], _T]) -> _T:
@@ -163,6 +169,34 @@ class ModelCurvature(CurvatureOperator):
         assert total is not None
         return [t.to(p.dtype) for t, p in zip(total, self._params, strict=True)]
 
+    def plan(self, num_terms: int) -> Plan:
+        """How a Neumann series of ``num_terms`` (int >= 0) products would be summed now, with the estimates behind it.
+
+        Nothing is computed but the estimates. ``print(operator.plan(20))`` shows them; see :class:`Plan`.
+        """
+        if isinstance(num_terms, bool) or not isinstance(num_terms, int):
+            raise TypeError(f"{type(self).__name__}.plan: num_terms must be an int; got {num_terms!r}.")
+        if num_terms < 0:
+            raise ValueError(f"{type(self).__name__}.plan: num_terms must be >= 0; got {num_terms}.")
+        return self._routes.plan(num_terms)
+
+    def flat_series(
+        self, v: TensorList, num_terms: int, alpha: Tensor, damping: float
+    ) -> tuple[TensorList, Tensor] | None:
+        """In the span of the rows where the plan says so; None for products one by one."""
+        space = self._routes.for_series(num_terms)
+        return None if space is None else space.series(v, num_terms, alpha, damping)
+
+    def flat_inverse(self, v: TensorList, damping: float) -> TensorList | None:
+        """By a factorization in the span of the rows, where those are known by example; None without damping."""
+        space = self._routes.for_inverse() if damping > 0 else None
+        return None if space is None else space.inverse(v, damping)
+
+    def largest_eigenvalue(self) -> Tensor | None:
+        """Slightly from above, in the span of the rows; None where that costs more than a few products."""
+        space = self._routes.for_eigenvalue()
+        return None if space is None else space.largest_eigenvalue()
+
     def flat_loop(
         self, v: TensorList, num_terms: int, alpha: Tensor, damping: float, diagonal: TensorList | None = None
     ) -> tuple[TensorList, Tensor] | None:
@@ -173,7 +207,14 @@ class ModelCurvature(CurvatureOperator):
         return neumann_sum(*self._whole, v, num_terms, alpha, damping, diagonal)
 
     def flat_low_rank(self) -> LowRank | None:
-        """The rows S J with H = S' diag(c) S, at most 4096 of them; None beyond."""
+        """The rows S J with H = S' diag(c) S, at most 4096 of them; None beyond.
+
+        By layers, and never formed, where the examples can be told apart.
+        """
+        space = self._routes.for_rows(MAX_ROWS)
+        return self._explicit_rows() if space is None else space.low_rank()
+
+    def _explicit_rows(self) -> LowRank | None:
         rows: list[TensorList] = []
         weights: TensorList = []
         count = 0
@@ -186,4 +227,4 @@ class ModelCurvature(CurvatureOperator):
                 rows.append(jacobian.backwards(factor[0]))
                 weights.append(factor[1])
                 del jacobian, middle, factor
-        return LowRank(joined(rows, list), torch.cat(weights).to(self._params[0].dtype))
+        return explicit(joined(rows, list), torch.cat(weights).to(self._params[0].device))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import _lists
-from .._operator import LinearOperator, LowRank
+from .._low_rank import LowRank, RowBlock, ZeroRows, stacked_low_rank
+from .._operator import LinearOperator
 from .._types import SameTensors, TensorList, Tensors
 
 #: Elements of the unit vectors that are multiplied at once when a matrix is written out.
@@ -150,8 +151,8 @@ class Diagonal(CurvatureOperator):
         return self._values
 
     def flat_low_rank(self) -> LowRank:
-        first = self._params[0]
-        return LowRank([p.new_zeros((0, *p.shape)) for p in self._params], first.new_zeros(0), self._values)
+        blocks: list[RowBlock] = [ZeroRows(0, p.shape, p.device) for p in self._params]
+        return LowRank(blocks, self._params[0].new_zeros(0, requires_grad=False), self._values)
 
 
 class _Sum(CurvatureOperator):
@@ -177,11 +178,7 @@ class _Sum(CurvatureOperator):
         right = self._right.flat_low_rank() if left is not None else None
         if left is None or right is None:
             return None
-        rows = [torch.cat(pair) for pair in zip(left.rows, right.rows, strict=True)]
-        weights = torch.cat([left.weights, right.weights.to(left.weights)])
-        if left.diagonal is None or right.diagonal is None:
-            return LowRank(rows, weights, left.diagonal if right.diagonal is None else right.diagonal)
-        return LowRank(rows, weights, _added(left.diagonal, right.diagonal))
+        return stacked_low_rank([left, right], [1.0, 1.0])
 
     def flat_diagonal(self) -> TensorList | None:
         left, right = self._left.flat_diagonal(), self._right.flat_diagonal()
@@ -224,10 +221,7 @@ class _Scaled(CurvatureOperator):
 
     def flat_low_rank(self) -> LowRank | None:
         inner = self._operator.flat_low_rank()
-        if inner is None:
-            return None
-        diagonal = None if inner.diagonal is None else [self._scalar * d for d in inner.diagonal]
-        return LowRank(inner.rows, self._scalar * inner.weights, diagonal)
+        return None if inner is None else stacked_low_rank([inner], [self._scalar])
 
     def flat_series(
         self, v: TensorList, num_terms: int, alpha: Tensor, damping: float
@@ -281,10 +275,13 @@ class _Damped(CurvatureOperator):
         inner = self._operator.flat_low_rank()
         if inner is None:
             return None
-        constant = [torch.full_like(p, self._damping, requires_grad=False) for p in self._params]
-        return LowRank(
-            inner.rows, inner.weights, constant if inner.diagonal is None else _added(inner.diagonal, constant)
-        )
+        if inner.diagonal is None:  # in no memory of its own
+            diagonal = [
+                torch.full((), self._damping, dtype=p.dtype, device=p.device).expand(p.shape) for p in self._params
+            ]
+        else:
+            diagonal = [d + self._damping for d in inner.diagonal]
+        return LowRank(inner.blocks, inner.weights, diagonal)
 
     def flat_series(
         self, v: TensorList, num_terms: int, alpha: Tensor, damping: float
@@ -340,7 +337,7 @@ class _Rearranged(CurvatureOperator):
         if found is None:
             return None
         diagonal = None if found.diagonal is None else self._out(found.diagonal)
-        return LowRank(self._out(found.rows), found.weights, diagonal)
+        return LowRank([found.blocks[i] for i in self._outwards], found.weights, diagonal)
 
     def flat_series(
         self, v: TensorList, num_terms: int, alpha: Tensor, damping: float

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -79,7 +80,7 @@ class Recording:
     ) -> None:
         self.tape = tape
         self._caller = caller
-        self._params = params
+        self.params = params
         self._evaluation = evaluation
         self._versions = [(t, t._version) for t in (*params, *data) if not t.is_inference()] + tape.constants
 
@@ -105,7 +106,7 @@ class Recording:
         """J' u for k tensors at once."""
         self._check_unchanged()
         with self._evaluation.differentiating(), torch.no_grad():
-            return _at_once(lambda u: self._filled(self.tape.vjp(u, in_place=False)), [u], self._params)
+            return _at_once(lambda u: self._filled(self.tape.vjp(u, in_place=False)), [u], self.params)
 
     def backward_into(self, u: Tensor, into: TensorList) -> None:
         """Adds J' u, each layer's part where it arises."""
@@ -115,8 +116,15 @@ class Recording:
 
     def _filled(self, found: Sequence[Tensor | None]) -> TensorList:
         """Zeros for None."""
-        pairs = zip(found, self._params, strict=True)
+        pairs = zip(found, self.params, strict=True)
         return [torch.zeros_like(p, requires_grad=False) if t is None else t for t, p in pairs]
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Without graph, with everything as it was recorded, for who reads what the nodes have kept."""
+        self._check_unchanged()
+        with self._evaluation.differentiating(), torch.no_grad():
+            yield
 
     def _check_unchanged(self) -> None:
         for t, version in self._versions:

@@ -61,6 +61,12 @@ class Node:
     makes_cotangent: ClassVar[bool] = False
     #: Multiplications of one application, as far as they matter; what a cost estimate counts.
     macs: int = 0
+    #: Operands i and j, where an example's gradient of j is the sum over positions of the left factors of that of i.
+    weight_and_bias: ClassVar[tuple[int, int] | None] = None
+    #: Whether the gradients of examples take much memory of their own, so that they are better made than kept.
+    gradients_are_large: ClassVar[bool] = False
+    #: Rows of a table, which is a param, that the whole batch picks.
+    num_picked: int = 0
 
     def __init__(self, *operands: Any) -> None:
         self.slots = tuple(x.slot if isinstance(x, Var) else -1 for x in operands)
@@ -89,7 +95,7 @@ class Node:
 
     def example_gradients(
         self, i: int, cotangent: Tensor, dims: Sequence[int | None], batch: int
-    ) -> OuterProducts | Rows:
+    ) -> OuterProducts | Picked | Rows:
         """What goes back to operand ``i``, a param, from each of the ``batch`` examples.
 
         ``dims`` are as in :meth:`batch_dim`.
@@ -118,6 +124,27 @@ class OuterProducts:
 
     left: Tensor
     right: Tensor
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Gradients of a table [V, D] that are zero but in the rows that T positions pick.
+
+    ``left`` is [B, T, D], from the cotangent; ``index`` is [B, T], whole numbers below V = ``size``. A row that several
+    positions pick gets the sum.
+    """
+
+    left: Tensor
+    index: Tensor
+    size: int
+
+    @property
+    def rows(self) -> Tensor:
+        """Written out, [B, V, D]."""
+        batch, _, width = self.left.shape
+        place = self.index + self.size * torch.arange(batch, device=self.index.device).unsqueeze(1)
+        found = self.left.new_zeros(batch * self.size, width)
+        return found.index_add(0, place.flatten(), self.left.flatten(0, 1)).view(batch, self.size, width)
 
 
 def by_example(t: Tensor, dim: int, batch: int) -> Tensor:

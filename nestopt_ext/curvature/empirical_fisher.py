@@ -14,6 +14,7 @@ from ._evaluation import check_scalar
 from ._gradient import named_faults
 from ._model import Params, batch_size, part_of
 from ._model_curvature import Call, ModelCurvature
+from ._plan import Route
 from .loss_hessian import LossHessian, OuterProducts
 
 
@@ -31,11 +32,12 @@ class EmpiricalFisher(ModelCurvature):
     their sum.
 
     All arguments, what is kept, ``microbatch`` and what is left untouched are as in :class:`GaussNewton`. The matrix is
-    positive semidefinite with rank at most the number of examples; for up to 4096 of them solvers may ask for the g_n.
-    A product costs about three backward passes.
+    positive semidefinite with rank at most the number of terms n. A product costs about a forward and a backward pass.
+    ``route`` is as there; with one gradient for each term, in place of one for each output, the dual route pays from a
+    few products on.
 
-    Raises TypeError or ValueError for bad arguments, and RuntimeError, with the way out, where PyTorch has no second
-    derivative of the model.
+    Raises TypeError or ValueError for bad arguments, among them ``route="dual"`` for a model whose examples cannot be
+    told apart, and RuntimeError, with the way out, where PyTorch has no second derivative of the model.
 
     Source: Martens, New insights and perspectives on the natural gradient method (2020), section 11, on how it differs
     from the Fisher matrix. The scale agrees with the EF operator of curvlinops where that has neither class weights nor
@@ -59,8 +61,9 @@ class EmpiricalFisher(ModelCurvature):
         params: Params = None,
         *,
         microbatch: int | None = None,
+        route: Route = "auto",
     ) -> None:
-        super().__init__(model, criterion, inputs, targets, params, microbatch)
+        super().__init__(model, criterion, inputs, targets, params, microbatch, route)
 
     def _middle(self, call: Call, outputs: Tensor, targets: Targets, share: float) -> LossHessian:
         known = self._known(outputs, targets)
@@ -73,7 +76,11 @@ class EmpiricalFisher(ModelCurvature):
                 (found,) = torch.autograd.grad(terms.sum(), leaf, allow_unused=True)
             return torch.zeros_like(leaf) if found is None else found.detach()
 
-        gradient: Tensor = call(gradients).value
+        if known is None:
+            gradient: Tensor = call(gradients).value
+        else:  # nothing to put back
+            with torch.enable_grad():
+                gradient = gradients()
         if known is None:
             mean = reduction_of(self._criterion) == "mean"
             denominator: Tensor | float = len(gradient) / share if mean else 1.0

@@ -16,6 +16,7 @@ from ._gradient import check_params
 from ._linearization import Linearization
 from ._model import Params
 from ._model_curvature import Call, ModelCurvature
+from ._plan import Route
 from .loss_hessian import LossHessian, ScaledLossHessian, gradient_in_outputs, hessian_product, make_loss_hessian
 
 
@@ -45,14 +46,25 @@ class GaussNewton(ModelCurvature):
     Nothing is modified: of what the evaluation does, random state and every in-place write to an older tensor (running
     statistics) are undone bit for bit, after an exception too.
 
-    A product costs about three backward passes; ``.dense()`` takes many at once. For up to 4096 outputs in all (B times
-    classes), solvers may ask for the rows of J, and so invert exactly with :class:`~nestopt_ext.solvers.Woodbury`.
+    A product costs about a forward and a backward pass; ``.dense()`` takes many at once. For a criterion that is known
+    in closed form and a model whose examples do not mix, the matrix is a sum over B C gradients (C outputs for each
+    example) whose inner products layers give without forming one. ``route`` says how a Neumann series is summed:
+    "loop", by one product after the other; "dual", in the span of those gradients, where any number of terms costs two
+    passes through the layers and a recurrence of B C numbers; "auto", by the estimates that :meth:`plan` shows. Exact
+    inverses with damping, the largest eigenvalue and, for up to 4096 gradients,
+    :class:`~nestopt_ext.solvers.Woodbury` take the same way unless ``route`` is "loop". The numbers are those of the
+    loop to rounding; what the dual route keeps (B C times the outputs of all layers, and a matrix of (B C)^2) lives
+    as long as the operator.
 
     Raises TypeError or ValueError for bad arguments, and RuntimeError, with the way out, where PyTorch has no second
-    derivative (fused attention, cuDNN RNN, a function marked once_differentiable).
+    derivative (fused attention, cuDNN RNN, a function marked once_differentiable). ``route="dual"`` raises ValueError,
+    with the reason, for a model or criterion whose examples cannot be told apart.
 
-    Source: Schraudolph, Fast curvature matrix-vector products for second-order gradient descent (2002). Here J v is
-    taken by reverse mode twice, so it needs no forward-mode rules.
+    Source: Schraudolph, Fast curvature matrix-vector products for second-order gradient descent (2002). What has no
+    rule of its own is differentiated by reverse mode twice, so it needs no forward-mode rules. That a Gauss-Newton
+    matrix can be handled in the span of its examples is in Ren and Goldfarb, Efficient subsampled Gauss-Newton and
+    natural gradient methods for training neural networks (2019), for inverses; series, their norms and the double sum
+    over positions are ours.
 
     >>> import torch
     >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -63,6 +75,8 @@ class GaussNewton(ModelCurvature):
             [2., 5.]])
     >>> ggn({"weight": torch.tensor([[1.0, 0.0]])})
     {'weight': tensor([[1., 2.]])}
+    >>> GaussNewton(model, torch.nn.MSELoss(), x, y, route="dual").plan(20).rows
+    2
     """
 
     def __init__(
@@ -74,8 +88,9 @@ class GaussNewton(ModelCurvature):
         params: Params = None,
         *,
         microbatch: int | None = None,
+        route: Route = "auto",
     ) -> None:
-        super().__init__(model, criterion, inputs, targets, params, microbatch)
+        super().__init__(model, criterion, inputs, targets, params, microbatch, route)
 
     def _middle(self, call: Call, outputs: Tensor, targets: Targets, share: float) -> LossHessian:
         hessian = make_loss_hessian("GaussNewton", self._criterion, outputs, targets, self._total)

@@ -68,6 +68,21 @@ class LossHessian(ABC):
     def factor(self) -> tuple[Tensor, Tensor] | None:
         """S, [r, *shape of the outputs], and c, [r], with H = S' diag(c) S; None where that takes too long to find."""
 
+    def example_rank(self, batch: int) -> int | None:
+        """How many rows of S each of ``batch`` examples has, where each row of S is of one example; else None.
+
+        The first dimension of the outputs runs over examples, or over a multiple of them with what belongs to one next
+        to each other.
+        """
+        return None
+
+    def example_factor(self, batch: int) -> tuple[Tensor, Tensor]:
+        """S and c by example: [m, *shape of the outputs] and [m, B], with m the :meth:`example_rank`.
+
+        A row of S is the entry of one example in one of the m tensors, with zeros for all other examples.
+        """
+        raise NotImplementedError
+
 
 def loss_hessian(criterion: Callable[..., Tensor], outputs: Tensor, targets: Any) -> LossHessian:
     r"""The Hessian of ``criterion(outputs, targets)`` in ``outputs``, in closed form where it is known.
@@ -196,6 +211,27 @@ class _Softmax(LossHessian):
             factor = full.view(shape).movedim(-1, self._dim + 1).to(self.outputs.dtype)
             return factor, self._row_weight.reshape(-1).repeat_interleave(classes)
 
+    def example_rank(self, batch: int) -> int | None:
+        """The outputs of one example."""
+        return None if self.outputs.dim() == 1 else self.outputs.numel() // batch
+
+    def example_factor(self, batch: int) -> tuple[Tensor, Tensor]:
+        """The factors of :meth:`factor`, class by class for each row of logits of an example."""
+        with torch.no_grad():
+            logits = self._rows(self.outputs)
+            classes = logits.shape[-1]
+            p = logits.to(self._row_weight.dtype).softmax(-1).reshape(batch, -1, classes)  # [B, rows of an example, C]
+            own = p.shape[1]
+            root = p.sqrt()
+            blocks = torch.diag_embed(root) - root.unsqueeze(3) * p.unsqueeze(2)  # [B, rows, row of the factor, class]
+            full = blocks.movedim(2, 0)
+            if own > 1:  # each row of logits in tensors of its own
+                place = torch.eye(own, dtype=p.dtype, device=p.device).view(own, 1, 1, own, 1)
+                full = place * full.unsqueeze(0)
+            factor = full.reshape(-1, *logits.shape).movedim(-1, self._dim + 1).to(self.outputs.dtype)
+            weight = self._row_weight.reshape(batch, own).T.unsqueeze(1).expand(own, classes, batch)
+            return factor, weight.reshape(-1, batch)
+
 
 class DiagonalLossHessian(LossHessian):
     """A number for each output."""
@@ -221,6 +257,17 @@ class DiagonalLossHessian(LossHessian):
         size = self.outputs.numel()
         units = torch.eye(size, dtype=self.outputs.dtype, device=self.outputs.device)
         return units.view(size, *self.outputs.shape), self._entries.detach().reshape(-1)
+
+    def example_rank(self, batch: int) -> int | None:
+        """The outputs of one example."""
+        return self.outputs.numel() // batch
+
+    def example_factor(self, batch: int) -> tuple[Tensor, Tensor]:
+        """The unit vectors of one example, for all of them at once, and the entries."""
+        size = self.outputs.numel() // batch
+        units = torch.eye(size, dtype=self.outputs.dtype, device=self.outputs.device)
+        factor = units.unsqueeze(1).expand(size, batch, size).reshape(size, *self.outputs.shape)
+        return factor, self._entries.detach().reshape(batch, size).T
 
 
 class OuterProducts(LossHessian):
@@ -259,6 +306,27 @@ class OuterProducts(LossHessian):
             units = torch.eye(count, dtype=self._gradient.dtype, device=self._gradient.device)
             kept = [1 if d in self._dims else size for d, size in enumerate(self._gradient.shape)]
             return units.view(count, *kept) * self._gradient, self._weight.expand(count)
+
+    def _terms_of_example(self, batch: int) -> list[int]:
+        """How many terms an example has in each dimension of the outputs, 1 where a term reaches over all of it."""
+        sizes = [1 if d in self._dims else size for d, size in enumerate(self._gradient.shape)]
+        return [sizes[0] // batch, *sizes[1:]]
+
+    def example_rank(self, batch: int) -> int | None:
+        """The terms of one example."""
+        return None if 0 in self._dims or not self._gradient.dim() else math.prod(self._terms_of_example(batch))
+
+    def example_factor(self, batch: int) -> tuple[Tensor, Tensor]:
+        """The gradients of one term of each example, and the weight."""
+        with torch.no_grad():
+            own = self._terms_of_example(batch)
+            count = math.prod(own)
+            weight = self._weight.expand(count, batch)
+            if count == 1:
+                return self._gradient.unsqueeze(0), weight
+            units = torch.eye(count, dtype=self._gradient.dtype, device=self._gradient.device)
+            gradient = self._gradient.reshape(batch, -1, *self._gradient.shape[1:])
+            return (units.view(count, 1, *own) * gradient).reshape(count, *self._gradient.shape), weight
 
 
 class _DoubleBackward(LossHessian):
@@ -313,6 +381,15 @@ class ScaledLossHessian(LossHessian):
         """The part's, with scaled weights."""
         found = self._hessian.factor()
         return None if found is None else (found[0], self._scale * found[1])
+
+    def example_rank(self, batch: int) -> int | None:
+        """As for all of the loss."""
+        return self._hessian.example_rank(batch)
+
+    def example_factor(self, batch: int) -> tuple[Tensor, Tensor]:
+        """The part's, with scaled weights."""
+        factor, weights = self._hessian.example_factor(batch)
+        return factor, self._scale * weights
 
 
 def gradient_in_outputs(caller: str, name: str, loss: Tensor, outputs: Tensor) -> Tensor:

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from .. import _lists, _reference
-from .._operator import LowRank
+from .._low_rank import LowRank, stacked_low_rank
 from .._types import TensorList, Tensors
 from ._evaluation import Replay, seeded_from_cpu
 from ._gradient import check_params
 from ._model import batch_length
 from ._model_curvature import MAX_ROWS
 from ._operator import CurvatureOperator
-from ._vjp import joined
 
 #: How much a batch counts.
 Weights: TypeAlias = Literal["examples", "sum"] | Callable[[Any], float | Tensor]
@@ -157,26 +156,18 @@ class OverBatches(CurvatureOperator):
 
     def flat_low_rank(self) -> LowRank | None:
         """The rows of all batches, at most 4096 of them; None beyond, or where one batch has none."""
-        rows: list[TensorList] = []
-        weights: TensorList = []
-        diagonal: TensorList | None = None
-        examples, num_rows = 0.0, 0
+        parts: list[LowRank] = []
+        counts: list[float] = []
         with closing(self._operators()) as operators:
             for operator, weight in operators:
                 found = operator.flat_low_rank()
                 del operator
-                num_rows += 0 if found is None else len(found.weights)
-                if found is None or num_rows > MAX_ROWS:
+                if found is None or sum(len(p.weights) for p in parts) + len(found.weights) > MAX_ROWS:
                     return None
-                rows.append(found.rows)
-                weights.append(weight * found.weights)
-                if found.diagonal is not None:
-                    part = [weight * d for d in found.diagonal]
-                    diagonal = part if diagonal is None else [a + b for a, b in zip(diagonal, part, strict=True)]
-                examples += weight
-        scale = self._scale(examples)
-        scaled = None if diagonal is None else [scale * d for d in diagonal]
-        return LowRank(joined(rows, list), scale * torch.cat(weights), scaled)
+                parts.append(found)
+                counts.append(weight)
+        scale = self._scale(sum(counts))
+        return stacked_low_rank(parts, [scale * n for n in counts])
 
 
 _END = object()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _lists, _ops, _reference
 from .._distributed import average_, check_group
-from .._operator import LowRank
+from .._low_rank import LowRank, explicit
 from .._types import Loss, TensorList, Tensors
 from ._evaluation import evaluate
 from ._gradient import check_params, named_faults
@@ -114,7 +114,7 @@ class RankOne(CurvatureOperator):
 
     def flat_low_rank(self) -> LowRank:
         """One row, g, of weight 1."""
-        return LowRank([g.unsqueeze(0) for g in self._g], self._g[0].new_ones(1))
+        return explicit([g.unsqueeze(0) for g in self._g], self._g[0].new_ones(1))
 
     def flat_series(self, v: TensorList, num_terms: int, alpha: Tensor, damping: float) -> tuple[TensorList, Tensor]:
         """The series, in which the part of v along g shrinks by r = 1 - alpha (damping + g'g) with each term, and the

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import _lists
-from .._operator import LinearOperator, LowRank
+from .._low_rank import LowRank
+from .._operator import LinearOperator
 from .._types import MatVec, TensorList
+
+_T = TypeVar("_T")
 
 
 class Product:
@@ -89,7 +92,7 @@ class Product:
         if found is None:
             return None
         return LowRank(
-            self._out(found.rows), found.weights, None if found.diagonal is None else self._out(found.diagonal)
+            self._arranged(found.blocks), found.weights, None if found.diagonal is None else self._out(found.diagonal)
         )
 
     def series(
@@ -129,6 +132,9 @@ class Product:
         return vector if self._inwards is None else [vector[i] for i in self._inwards]
 
     def _out(self, vector: TensorList) -> TensorList:
+        return self._arranged(vector)
+
+    def _arranged(self, vector: list[_T]) -> list[_T]:
         if self._inwards is None:
             return vector
         place = {i: position for position, i in enumerate(self._inwards)}

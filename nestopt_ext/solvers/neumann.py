@@ -150,11 +150,15 @@ def series(
         factor: _Factor = _Plain(system, damping)
     else:
         factor = _Preconditioned(system, damping, system.product.beside(preconditioner, "preconditioner"))
-    start = factor.start()
-    step = factor.largest_step(start) if isinstance(alpha, str) else alpha_tensor(alpha)
+    start: TensorList | None = None
+    step = factor.known_step() if isinstance(alpha, str) else alpha_tensor(alpha)
+    if step is None:
+        start = factor.start()
+        step = factor.largest_step(start)
     found = _by_operator(system, num_terms, step, damping, rtol > 0) if preconditioner is None else None
     limit = None
     if found is None:
+        start = factor.start() if start is None else start
         if rtol > 0:
             limit = rtol * system.lengths(start)
             limit = limit if system.norm is None else limit * _ratio(system.norm, system.lengths(system.v))
@@ -222,11 +226,15 @@ class _Plain:
     def start(self) -> TensorList:
         return self._system.working_copy()
 
-    def largest_step(self, start: TensorList) -> Tensor:
-        """0.9 / lambda_max, by power iteration unless the operator knows it."""
+    def known_step(self) -> Tensor | None:
+        """0.9 / lambda_max, if the operator knows it."""
         known = self._system.product.largest_eigenvalue()
-        if known is not None:
-            return usable_step(0.9 / (known.detach().to(_lists.scalar_dtype(known.device)) + self.fused_damping))
+        if known is None:
+            return None
+        return usable_step(0.9 / (known.detach().to(_lists.scalar_dtype(known.device)) + self.fused_damping))
+
+    def largest_step(self, start: TensorList) -> Tensor:
+        """The same by power iteration."""
         return auto_alpha(self._system.product, _one_of(self._system, start), self.fused_damping)
 
     def curvature(self, step: Tensor) -> Tensor:
@@ -254,6 +262,9 @@ class _Preconditioned:
     def start(self) -> TensorList:
         v = self._system.working_copy()
         return [t.to(w.dtype, copy=True) for t, w in zip(self._inner.apply(v), v, strict=True)]
+
+    def known_step(self) -> None:
+        """Never: what the operator knows is without M."""
 
     def largest_step(self, start: TensorList) -> Tensor:
         """0.9 / lambda_max(M (A + damping I)), by power iteration."""

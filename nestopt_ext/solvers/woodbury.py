@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from .. import _lists
-from .._operator import LowRank
+from .._low_rank import LowRank
 from .._types import TensorList
 from ._arguments import check_damping
 from ._dense import Direct, solved
@@ -17,8 +17,8 @@ from ._outcome import Outcome
 from ._solution import Status
 from ._system import System
 
-#: Elements of the low-rank factor that are converted to float64 at once.
-_AT_ONCE = 2**22
+#: The entries of a diagonal that belong to one tensor, or the number that all of them are.
+_Entry: TypeAlias = float | Tensor
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,11 @@ class Woodbury:
 
     .. math:: x = D^{-1} \bigl(v - R^\top (I + C R D^{-1} R^\top)^{-1} C R D^{-1} v\bigr)
 
-    No product is spent, and no memory but that of the rows R (r x P) and of pieces of them: sums and the r x r system
-    are taken in float64. Operators that can be written so are the outer product of a gradient, the Gauss-Newton and
-    Fisher matrices of fewer outputs than weights, and their sums with a diagonal.
+    No product is spent. The operator gives R D^-1 R' by the structure of its rows, which need not be formed: for the
+    Gauss-Newton and Fisher matrices of fully connected layers, by products of two small Gram matrices wherever D is
+    constant within a tensor. Sums, the r x r system and the result are taken in float64, one tensor at a time.
+    Operators that can be written so are the outer product of a gradient, the Gauss-Newton and Fisher matrices of fewer
+    outputs than weights, and their sums with a diagonal.
 
     ``damping`` (units of curvature) is finite and >= 0, and d + damping must be > 0 everywhere, which is looked at once
     before anything else. A singular sum, possible with negative weights alone, gives NaN and ``non_finite``.
@@ -60,10 +62,8 @@ class Woodbury:
                 f"{caller}: matvec must be an operator of low rank plus a diagonal for Woodbury; got one that offers"
                 " none. Use Nystrom, Exact or ConjugateGradient."
             )
-        _check_positive(caller, found.diagonal, self.damping, len(system.v))
-        rows = system.rows()
-        pieces = _Pieces(found, self.damping, rows)
-        x, singular, size = pieces.solve()
+        weight = [d + self.damping for d in _diagonal(caller, found, self.damping)]
+        x, singular, size = _solved(found, weight, system.rows())
         right = system.lengths(system.v)
         evidence = Direct(right, singular, Status.non_finite, Status.converged, self._explain)
         return Outcome(system.returned(x), evidence, system.scalars() + size.to(right))
@@ -75,64 +75,58 @@ class Woodbury:
         )
 
 
-class _Pieces:
-    """The system in pieces of a few million elements, so that float64 costs no memory to speak of."""
-
-    def __init__(self, low_rank: LowRank, damping: float, v: TensorList) -> None:
-        self._low_rank = low_rank
-        self._damping = damping
-        self._v = v
-        self._device = low_rank.weights.device
-        self._dtype = _lists.scalar_dtype(self._device)
-        self._rank = len(low_rank.weights)
-
-    def solve(self) -> tuple[TensorList, Tensor, Tensor]:
-        """x, [k, *shape] for each tensor; a number that is not zero if the sum is singular; a bound on its norm."""
-        weights = self._low_rank.weights.detach().to(self._dtype)
-        core = torch.eye(self._rank, dtype=self._dtype, device=self._device)
-        count = len(self._v[0]) if self._v else 1
-        inside = core.new_zeros((self._rank, count))
-        lengths = core.new_zeros(self._rank)
-        largest = core.new_zeros(())
-        for i in range(len(self._v)):
-            for v, d, rows in self._of(i):
-                over = rows / d
-                core += (weights.unsqueeze(1) * (over @ rows.T).to(self._device)).to(self._dtype)
-                inside += (over @ v.T).to(self._device, self._dtype)
-                lengths += rows.square().sum(1).to(self._device, self._dtype)
-                largest = torch.maximum(largest, d.amax().to(self._device, self._dtype))
-        y, singular = solved(core, weights.unsqueeze(1) * inside)
-        x = []
-        for i, t in enumerate(self._v):
-            parts = [(v - y.T.to(v) @ rows) / d for v, d, rows in self._of(i)]
-            x.append(torch.cat(parts, dim=1).reshape(t.shape) if parts else torch.zeros_like(t))
-        return x, singular, largest + lengths @ weights.abs()
-
-    def _of(self, i: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Of tensor ``i`` v [k, n], d [n] and R [r, n], some elements at a time, in float64."""
-        v = _lists.rows(self._v[i])
-        rows = _lists.rows(self._low_rank.rows[i].detach())
-        diagonal = None if self._low_rank.diagonal is None else self._low_rank.diagonal[i].detach().reshape(-1)
-        dtype = _lists.scalar_dtype(v.device)
-        width = max(1, _AT_ONCE // max(self._rank, 1))
-        for start in range(0, v.shape[1], width):
-            part = slice(start, start + width)
-            piece = v[:, part].to(dtype)
-            d = piece.new_zeros(piece.shape[1]) if diagonal is None else diagonal[part].to(dtype)
-            yield piece, d + self._damping, rows[:, part].to(dtype)
+def _solved(low_rank: LowRank, diagonal: list[_Entry], v: TensorList) -> tuple[TensorList, Tensor, Tensor]:
+    """X, [k, *shape] for each tensor; a number that is not zero if the sum is singular; a bound on the norm of it."""
+    home = low_rank.weights.device
+    dtype = _lists.scalar_dtype(home)
+    weights = low_rank.weights.detach().to(dtype)
+    rank, count = len(weights), len(v[0]) if v else 1
+    core = torch.zeros((rank, rank), dtype=dtype, device=home)
+    inside = core.new_zeros((count, rank))
+    lengths, largest = core.new_zeros(rank), core.new_zeros(())
+    for block, d, t in zip(low_rank.blocks, diagonal, v, strict=True):
+        # In float64, since a small D enlarges what rounding leaves.
+        wide = t.to(_lists.scalar_dtype(t.device))
+        part = torch.zeros_like(core, device=t.device, dtype=wide.dtype)
+        block.add_gram(part, 1 / d)
+        core += part.to(core)
+        projected = torch.zeros_like(inside, device=t.device, dtype=wide.dtype)
+        block.add_projected(wide / d, projected)
+        inside += projected.to(core)
+        most = d.amax() if isinstance(d, Tensor) and d.numel() else d if isinstance(d, float) else 0.0
+        lengths += (most * part.diagonal()).to(core)
+        largest = torch.maximum(largest, torch.as_tensor(most, dtype=dtype, device=home))
+        del wide, part
+    core = weights.unsqueeze(1) * core
+    core.diagonal().add_(1)
+    y, singular = solved(core, (weights * inside).T)
+    x = []
+    for block, d, t in zip(low_rank.blocks, diagonal, v, strict=True):
+        wide = t.to(_lists.scalar_dtype(t.device), copy=True, memory_format=torch.contiguous_format)
+        block.add_lifted(-y.T.to(wide), wide)
+        x.append(wide.div_(d).to(t.dtype))
+    return x, singular, largest + lengths @ weights.abs()
 
 
-def _check_positive(caller: str, diagonal: TensorList | None, damping: float, count: int) -> None:
-    """Looks at the smallest entry of the diagonal; NaN passes, and shows in the result."""
+def _diagonal(caller: str, low_rank: LowRank, damping: float) -> list[_Entry]:
+    """The diagonal: a number for each tensor in which it is constant, else its entries in float64.
+
+    Looks at the extremes of each; NaN passes, and shows in the result.
+    """
     remedy = "Raise damping, add a Diagonal, or use Exact or ConjugateGradient."
-    if diagonal is None:
-        if damping == 0 and count:
+    if low_rank.diagonal is None:
+        if damping == 0 and low_rank.blocks:
             raise ValueError(f"{caller}: damping must be > 0 for Woodbury without a diagonal; got 0. {remedy}")
-        return
-    smallest = [d.detach().amin() for d in diagonal if d.numel()]
-    for (value,) in _lists.to_host(smallest):
-        if value + damping <= 0:
+        return [0.0] * len(low_rank.blocks)
+    entries = [d.detach() for d in low_rank.diagonal]
+    extremes = _lists.to_host([torch.stack(d.aminmax()) if d.numel() else d for d in entries])
+    found: list[_Entry] = []
+    for d, ends in zip(entries, extremes, strict=True):
+        if ends and ends[0] + damping <= 0:
             raise ValueError(
-                f"{caller}: the diagonal plus damping must be > 0 everywhere for Woodbury; got {value:.4g} +"
+                f"{caller}: the diagonal plus damping must be > 0 everywhere for Woodbury; got {ends[0]:.4g} +"
                 f" {damping:.4g}. {remedy}"
             )
+        constant = bool(ends) and ends[0] == ends[1]
+        found.append(ends[0] if constant else d.to(_lists.scalar_dtype(d.device)))
+    return found

@@ -18,6 +18,8 @@ class Convolution(Node):
     ``uneven`` is padding behind x that has no counterpart before it, as "same" has for kernels of even extent.
     """
 
+    gradients_are_large = True  # the patches of x
+
     def __init__(
         self,
         x: Operand,

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._tape import MixesExamples, Node, Operand, OuterProducts, Rows, by_example, rule, value_of
+from .._tape import MixesExamples, Node, Operand, Picked, by_example, rule, value_of
 from .arithmetic import is_active
 
 
@@ -19,6 +18,7 @@ class Embedding(Node):
     def __init__(self, table: Operand, index: Operand, padding: int | None) -> None:
         super().__init__(table, index)
         self.index, self.shape = value_of(index), value_of(table).shape
+        self.num_picked = self.index.numel()
         self.kept = None if padding is None else (self.index != padding).to(value_of(table).dtype).unsqueeze(-1)
 
     def _masked(self, rows: Tensor) -> Tensor:
@@ -41,16 +41,12 @@ class Embedding(Node):
             raise MixesExamples("a table has a row for each example")
         return dims[1]
 
-    def example_gradients(
-        self, i: int, cotangent: Tensor, dims: Sequence[int | None], batch: int
-    ) -> OuterProducts | Rows:
+    def example_gradients(self, i: int, cotangent: Tensor, dims: Sequence[int | None], batch: int) -> Picked:
         if dims[1] is None:
             raise MixesExamples("an embedding has the same index for all examples")
         index = by_example(self.index, dims[1], batch).reshape(batch, -1)
-        index = index + self.shape[0] * torch.arange(batch, device=index.device).unsqueeze(1)
-        rows = by_example(self._masked(cotangent), dims[1], batch).reshape(-1, self.shape[1])
-        found = cotangent.new_zeros(batch * self.shape[0], self.shape[1]).index_add(0, index.reshape(-1), rows)
-        return Rows(found.view(batch, *self.shape))
+        rows = by_example(self._masked(cotangent), dims[1], batch).reshape(batch, -1, self.shape[1])
+        return Picked(rows, index, self.shape[0])
 
 
 @rule(F.embedding)

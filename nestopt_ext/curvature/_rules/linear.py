@@ -15,6 +15,8 @@ from .._tape import MixesExamples, Node, Operand, OuterProducts, Rows, accumulat
 class Linear(Node):
     """x W' + b over the last dimension of x."""
 
+    weight_and_bias = (1, 2)
+
     def __init__(self, x: Operand, weight: Operand, bias: Operand | None) -> None:
         super().__init__(x, weight, bias)
         self.x, self.weight = value_of(x), value_of(weight)
@@ -64,7 +66,7 @@ class Linear(Node):
             raise MixesExamples("a linear layer has the same input for all examples")
         left = by_example(cotangent, dims[0], batch).reshape(batch, -1, cotangent.shape[-1])
         if i == 2:
-            return Rows(left.sum(1))
+            return Rows(left[:, 0] if left.shape[1] == 1 else left.sum(1))
         right = by_example(self.x, dims[0], batch).reshape(batch, -1, self.x.shape[-1])
         return OuterProducts(left.unsqueeze(2), right.unsqueeze(2))
 

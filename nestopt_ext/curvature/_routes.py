@@ -1,0 +1,118 @@
+"""The choice between products and the span of the rows, for one batch that is evaluated once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .. import _lists
+from .._types import TensorList
+from ._dual import DualSpace
+from ._examples import Examples, find_examples
+from ._plan import MAX_DUAL_ROWS, Costs, Plan, Route, chosen, costs
+from ._recording import Jacobian, Recording
+from ._tape import MixesExamples
+from .loss_hessian import LossHessian
+
+#: What finding the largest eigenvalue costs a solver that has products alone.
+_PRODUCTS_FOR_EIGENVALUE = 5
+
+
+def check_route(caller: str, route: object) -> None:
+    if route not in ("auto", "loop", "dual"):
+        raise ValueError(f"{caller}: route must be 'auto', 'loop' or 'dual'; got {route!r}.")
+
+
+class Routes:
+    """What an operator J' H J offers beside products: the span of its rows, made when it is first worth it.
+
+    ``piece`` is J and H of the whole batch, or why there is no such thing.
+    """
+
+    def __init__(
+        self, caller: str, route: Route, params: TensorList, piece: tuple[Jacobian, LossHessian] | str
+    ) -> None:
+        self._route: Route = route
+        self._params = params
+        self._space: DualSpace | None = None
+        self._costs: Costs | None = None
+        self._make: Callable[[], DualSpace] | None = None
+        self._rows = 0
+        #: Why there is no span of rows; None as long as there may be one.
+        self.reason: str | None = None
+        self._piece: tuple[Jacobian, LossHessian] | str = piece
+        self._asked = False
+        if route == "dual" and self.space() is None:
+            raise ValueError(
+                f"{caller}: route must not be 'dual' for a model whose examples cannot be told apart: {self.reason}."
+                " Use route='auto'."
+            )
+
+    def plan(self, num_terms: int) -> Plan:
+        """Which way a series goes."""
+        self._ask()
+        if self.reason is not None:
+            return Plan("loop", self.reason, num_terms)
+        assert self._costs is not None
+        return chosen(num_terms, self._route, self._rows, self._costs, self._space is not None)
+
+    def for_series(self, num_terms: int) -> DualSpace | None:
+        """The span of the rows, where a series is faster in it."""
+        return self.space() if self.plan(num_terms).route == "dual" else None
+
+    def for_eigenvalue(self) -> DualSpace | None:
+        """The same for the largest eigenvalue, which a series will follow."""
+        return self._space or self.for_series(_PRODUCTS_FOR_EIGENVALUE)
+
+    def for_inverse(self) -> DualSpace | None:
+        """The same for an inverse, where there are not more rows than params."""
+        self._ask()
+        fits = self._rows <= min(MAX_DUAL_ROWS, _lists.numel(self._params))
+        return self.space() if self._route != "loop" and fits else None
+
+    def for_rows(self, most: int) -> DualSpace | None:
+        """The same for ``most`` rows."""
+        self._ask()
+        return self.space() if self._route != "loop" and self._rows <= most else None
+
+    def space(self) -> DualSpace | None:
+        """The span of the rows, made once; None where there is none."""
+        self._ask()
+        if self._space is None and self._make is not None and self.reason is None:
+            try:
+                self._space = self._make()
+            except (MixesExamples, NotImplementedError) as error:  # a layer without gradients for each example
+                self.reason = str(error) or "a layer has no gradients for each example"
+            self._make = None
+        return self._space
+
+    def _ask(self) -> None:
+        """Looks for the examples, once."""
+        if self._asked:
+            return
+        self._asked = True
+        piece, self._piece = self._piece, ""
+        if isinstance(piece, str):
+            self.reason = piece
+            return
+        jacobian, middle = piece
+        try:
+            if not isinstance(jacobian, Recording):
+                raise MixesExamples("the model could not be recorded, and goes by autograd")
+            if jacobian.tape.opaque:
+                raise MixesExamples(f"there is no rule for {', '.join(jacobian.tape.opaque)}")
+            examples = find_examples(jacobian.tape)
+            rank = _rank(middle, examples)
+            self._rows = rank * examples.batch
+            self._costs = costs(jacobian.tape, self._params, examples.batch, rank)
+            self._make = lambda: DualSpace(jacobian, examples, middle)
+        except MixesExamples as error:
+            self.reason = str(error)
+
+
+def _rank(middle: LossHessian, examples: Examples) -> int:
+    rank = middle.example_rank(examples.batch)
+    if rank is None:
+        raise MixesExamples("the criterion is not one whose Hessian is known example by example")
+    if not 0 < rank * examples.batch <= MAX_DUAL_ROWS:
+        raise MixesExamples(f"there must be 1 to {MAX_DUAL_ROWS} rows; got {rank * examples.batch}")
+    return rank
