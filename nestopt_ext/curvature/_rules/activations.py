@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._tape import OUT_OF_PLACE, Node, Operand, rule, value_of
+from .._tape import OUT_OF_PLACE, Node, Operand, accumulated, rule, value_of
 
 
 class Factor(Node):
@@ -32,10 +32,32 @@ class Factor(Node):
         return dims[0]
 
 
+class Rectifier(Node):
+    """The larger of x and 0. What it gave says where its derivative is 1, and the next layer keeps that anyway."""
+
+    def __init__(self, x: Operand, value: Tensor) -> None:
+        super().__init__(x)
+        self.value = value
+
+    def jvp(self, tangents: Sequence[Tensor | None]) -> Tensor:
+        return self._passed(tangents[0])
+
+    def vjp(self, i: int, cotangent: Tensor, into: Tensor | None) -> Tensor:
+        return accumulated(self._passed(cotangent), into)
+
+    def _passed(self, t: Tensor | None) -> Tensor:
+        result: Tensor = torch.ops.aten.threshold_backward(t, self.value, 0)
+        return result
+
+    def batch_dim(self, dims: Sequence[int | None], batch: int) -> int | None:
+        """As it was."""
+        return dims[0]
+
+
 @rule(F.relu, torch.relu, Tensor.relu, inplace_position=1)
 def relu(input: Operand, inplace: bool = False) -> Any:
     value = torch.relu(value_of(input))
-    return Factor(input, value.sign()), value  # 0 or 1, many times faster than a comparison
+    return Rectifier(input, value), value
 
 
 @rule(F.leaky_relu, inplace_position=2)
