@@ -73,10 +73,15 @@ class DualSpace:
             q = 1 - alpha * damping
             powers = q ** torch.arange(num_terms + 1, dtype=self._wide, device=gram.device)
             along, c = alpha * powers.sum(), (alpha * c).unsqueeze(0)
+            local: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
             result = []
             for block, row, t in zip(self._low_rank.blocks, rows, v, strict=True):
-                onto = torch.mul(row.contiguous(), along.to(row))
-                block.add_lifted(c.to(row.device), onto)
+                key = row.device, row.dtype
+                if key not in local:
+                    local[key] = along.to(*key), c.to(*key)
+                factor, coefficients = local[key]
+                onto = torch.mul(row.contiguous(), factor)
+                block.add_lifted(coefficients, onto)
                 result.append(onto[0].to(t.dtype))
             return result, sq_norms
 
