@@ -10,13 +10,24 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "nestopt_ext"
 
-FOUNDATION = {"_ops", "_functions", "_lists", "_operator", "_distributed", "_types", "_reference", "_version"}
+FOUNDATION = {
+    "_ops",
+    "_functions",
+    "_lists",
+    "_low_rank",
+    "_operator",
+    "_distributed",
+    "_types",
+    "_reference",
+    "_version",
+}
 LOOPS = {"_progress", "_checkpoint", "_json_log"}
 ROOMS = {
     "_version": set(),
     "_types": set(),
     "_lists": {"_types"},
-    "_operator": {"_lists", "_types"},
+    "_low_rank": {"_lists", "_types"},
+    "_operator": {"_lists", "_low_rank", "_types"},
     "_distributed": {"_reference"},
     "_functions": {"_ops", "_reference", "_types"},
     "_reference": set(),

@@ -60,10 +60,7 @@ def _dim_of(node: Node, examples: Examples, needed: bool) -> int | None:
     try:
         if isinstance(node, Opaque):
             raise MixesExamples("a function without a rule is not known to treat examples apart")
-        dim = node.batch_dim(examples.of(node), examples.batch)
-        if node.wanted and dim is None:
-            raise MixesExamples("something computed from the params alone is not of one example")
-        return dim
+        return node.batch_dim(examples.of(node), examples.batch)
     except MixesExamples:
         if needed:
             raise
@@ -79,20 +76,50 @@ def example_gradients(tape: Tape, examples: Examples, cotangents: Tensor) -> lis
     """
     found: list[list[Use]] = [[] for _ in range(tape.num_params)]
     waiting: dict[int, Tensor] = {tape.output_slot: cotangents}
+    shared: dict[int, Tensor] = {}  # of what is computed from the params alone: one for each example, [m B, *shape]
+
+    def add(slot: int, use: Use) -> None:
+        if slot < tape.num_params:
+            found[slot].append(use)
+            return
+        assert isinstance(use, Rows)
+        shared[slot] = use.rows if slot not in shared else shared[slot] + use.rows
+
     for node in reversed(tape.nodes):
+        if examples.dims[node.output] is None:
+            rows = shared.pop(node.output, None)
+            if rows is not None:
+                for i, part in zip(node.wanted, _carried(node, node.wanted, rows), strict=True):
+                    add(node.slots[i], Rows(part))
+            continue
         cotangent = waiting.pop(node.output, None)
         if cotangent is None:
             continue
-        onwards = [i for i in node.wanted if node.slots[i] >= tape.num_params]
+        onwards = [i for i in node.wanted if examples.dims[node.slots[i]] is not None]
         for i in node.wanted:
-            if node.slots[i] < tape.num_params:
-                make = functools.partial(_of_layer, node, i, cotangent, examples)
-                found[node.slots[i]].append(make if node.gradients_are_large else make())
+            if i in onwards:
+                continue
+            make = functools.partial(_of_layer, node, i, cotangent, examples)
+            if node.slots[i] >= tape.num_params:
+                add(node.slots[i], _formed(make(), node.vjp(i, cotangent[0], None).shape))
+            else:
+                add(node.slots[i], make if node.gradients_are_large else make())
         if onwards:
             for i, part in zip(onwards, _carried(node, onwards, cotangent), strict=True):
                 slot = node.slots[i]
                 waiting[slot] = part if slot not in waiting else waiting[slot] + part
     return found
+
+
+def _formed(gradients: Gradients, shape: torch.Size) -> Rows:
+    """The gradients themselves, [m B, *shape]."""
+    if isinstance(gradients, Rows):
+        return Rows(gradients.rows.reshape(-1, *shape))
+    if isinstance(gradients, Picked):
+        raise MixesExamples("a table of embeddings that is computed from other params is not taken apart")
+    left, right = gradients.left, gradients.right
+    left = left.view(-1, *right.shape[:3], left.shape[3])
+    return Rows(torch.einsum("mbtgo,btgi->mbgoi", left, right).reshape(-1, *shape))
 
 
 def _carried(node: Node, operands: Sequence[int], cotangent: Tensor) -> list[Tensor]:

@@ -40,15 +40,14 @@ def neumann_sum(
             torch._foreach_mul_(term, kept)
         jacobian.backward_into(u, term)
         _ops.neumann_step_(term, total, [], step, sq_norm=sq_norms[j])
-    torch._foreach_mul_(total, step if step.device.type != "cpu" else float(step))
+    torch._foreach_mul_(total, step)
     return total, sq_norms
 
 
-def _kept(step: Tensor, damping: float, diagonal: TensorList | None) -> TensorList | Tensor | float | None:
+def _kept(step: Tensor, damping: float, diagonal: TensorList | None) -> TensorList | Tensor | None:
     """1 - alpha (d + damping): a list, a number for all, or None for 1."""
     if diagonal is not None:
         return [(1 - step.to(d.dtype) * (d + damping)).contiguous() for d in diagonal]
     if damping == 0:
         return None
-    number = 1 - step * damping
-    return float(number) if number.device.type == "cpu" else number
+    return 1 - step * damping
