@@ -31,18 +31,7 @@ from .curvature import (
     linearize,
     loss_hessian,
 )
-from .hypergrad import (
-    BilevelLoop,
-    CapturedHypergradient,
-    FixedPointMap,
-    best_response,
-    check_hypergradient,
-    estimate_cost,
-    gradient_step,
-    hoag,
-    hypergradient,
-    unrolled,
-)
+from .hypergrad import FixedPointMap, best_response, gradient_step, hoag, hypergradient, unrolled
 from .optim import ComplexAdam, ComplexSGD, ExtraAdam, ExtraSGD, OptimisticAdam, OptimisticSGD, effective_lr
 from .solvers import (
     ConjugateGradient,
@@ -61,6 +50,7 @@ from .solvers import (
 
 if TYPE_CHECKING:
     from . import games as games
+    from .hypergrad import BilevelLoop, CapturedHypergradient, check_hypergradient, estimate_cost
 
 __all__ = [
     "KFAC",
@@ -112,7 +102,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # A room of its own, which most users never enter.
+    # Imported when asked for, which keeps the import of the rest short.
     if name == "games":
         return importlib.import_module(f"{__name__}.games")
+    if name in ("BilevelLoop", "CapturedHypergradient", "check_hypergradient", "estimate_cost"):
+        return getattr(importlib.import_module(f"{__name__}.hypergrad"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

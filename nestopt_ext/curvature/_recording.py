@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .._types import TensorList
-from . import _rules  # noqa: F401  registers the rules
 from ._evaluation import Evaluation
 from ._gradient import named_faults
 from ._linearization import Linearization
@@ -150,6 +149,8 @@ def recorded(
     caller: str, model: Model, inputs: Any, params: TensorList, call: Callable[[Callable[[], Any]], Evaluation]
 ) -> tuple[Tensor, Recording]:
     """The model's outputs, without graph, and the recording of their evaluation; raises :class:`Unrecordable`."""
+    from . import _rules  # noqa: F401  registers the rules: a good part of the package's import time
+
     data = list(tensors_in((inputs,)))
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         raise Unrecordable("autocast is on")

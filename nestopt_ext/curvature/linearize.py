@@ -10,11 +10,11 @@ from torch import Tensor
 
 from .. import _lists
 from .._types import TensorList, Tensors
+from ._batch_statistics import FrozenBatchStatistics
 from ._evaluation import Replay
 from ._linearization import Linearization
 from ._model import Model, Params
 from ._recording import Jacobian, Recording, recorded
-from ._rules.batch_norm import FrozenBatchStatistics
 
 
 class Linearized:
