@@ -52,6 +52,17 @@ WEIGHT = torch.tensor([1.0, 2.0, 0.5], dtype=F64)
 IGNORED = torch.tensor([0, -100, 2, 1, -100, 2, 0])
 
 
+class PositionsFirst(nn.Module):
+    """A layer that takes the tokens of all examples at a position together, so that examples are not first in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.block = nn.Embedding(6, 4), nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0)
+
+    def forward(self, tokens):
+        return self.block(self.embed(tokens).transpose(0, 1)).mean(0)
+
+
 class Tokens(nn.Module):
     """A transformer block whose outputs are a row of logits for each token, [B T, V], by the table of the tokens."""
 
@@ -101,6 +112,7 @@ def problem(name, dtype):
         ),
         "one example": (mlp, nn.CrossEntropyLoss(), x[:1], classes(1, 1)),
         "images": (cnn, nn.CrossEntropyLoss(), normal(0, 4, 2, 9, 9).to(dtype), classes(1, 4)),
+        "positions first": (PositionsFirst, nn.CrossEntropyLoss(), classes(0, 3, 2, high=6), classes(1, 3, high=4)),
         "tokens": (Tokens, nn.CrossEntropyLoss(), classes(0, 3, 2, high=6), classes(1, 6, high=6)),
     }  # fmt: skip
     make, criterion, inputs, targets = found[name]
@@ -109,7 +121,8 @@ def problem(name, dtype):
 
 PROBLEMS = [
     "cross entropy", "sum", "masked", "probabilities", "squares", "logistic", "poisson", "tied",
-    "classes at positions", "squares at positions", "one example", "images", "tokens",
+    "classes at positions", "squares at positions", "one example", "images", "positions first",
+    "tokens",
 ]  # fmt: skip
 
 
