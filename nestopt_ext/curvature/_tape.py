@@ -311,6 +311,8 @@ class Recorder(TorchFunctionMode):
         self.nodes: list[Node] = []
         self.opaque: list[str] = []
         self.data: list[Var] = []
+        #: Constants that share memory with what is recorded.
+        self._aliases: list[weakref.ref[Tensor]] = []
         #: Values that were handed out, and what version they had.
         self._values: list[tuple[Tensor, int]] = []
         #: The same for constants that rules were given.
@@ -344,7 +346,7 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if not torch.is_grad_enabled():
             self._check_unwritten(func, args, kwargs)
-            return func(*args, **kwargs)
+            return self._noted(func(*args, **kwargs))
         tensors = list(tensors_in((args, tuple(kwargs.values()))))
         found = [self._find(t) for t in tensors]
         if not any(found):
@@ -355,7 +357,7 @@ class Recorder(TorchFunctionMode):
         if name == "__get__":
             return self._attribute(func, args, kwargs)
         if func in _ASKS:
-            return func(*args, **kwargs)
+            return self._noted(func(*args, **kwargs))
         active = any(var is not None and var.active for var in found)
         if func in REWRITES and active:
             with self:
@@ -434,6 +436,11 @@ class Recorder(TorchFunctionMode):
                 raise Unrecordable(f"Tensor.{attribute} has no rule")
             with self:
                 return transposed(args[0])
+        return self._noted(result)
+
+    def _noted(self, result: Any) -> Any:
+        """A constant, which may be a view of what is recorded."""
+        self._aliases.extend(weakref.ref(t) for t in tensors_in((result,)) if t.layout == torch.strided)
         return result
 
     def _written(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -534,7 +541,7 @@ class Recorder(TorchFunctionMode):
     def _check_alone(self, name: str, target: Tensor) -> None:
         """Nothing else that is recorded may have the memory of ``target``."""
         storage = target.untyped_storage().data_ptr()
-        for reference, _ in self._vars.values():
+        for reference in (*(reference for reference, _ in self._vars.values()), *self._aliases):
             other = reference()
             if other is not None and other is not target and other.untyped_storage().data_ptr() == storage:
                 raise Unrecordable(f"{name} writes in place to memory that another tensor shares")
