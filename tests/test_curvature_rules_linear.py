@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from rules import Wrapped, check_example_gradients, check_rule
 from torch import nn
 
-from nestopt_ext.curvature import linearize
+from nestopt_ext.curvature import GaussNewton, linearize
 
 F64 = torch.float64
 
@@ -113,3 +113,21 @@ def test_a_frozen_weight_that_changes_is_noticed():
     with pytest.raises(RuntimeError, match=r"^linearize: model must be computed from the params as they are"):
         jacobian.vjp(normal(5, 3))
     assert before["0.weight"].isfinite().all()
+
+
+def test_autocast_within_the_model_is_left_to_autograd():
+    model = mlp(nn.Tanh()).float()
+
+    def inside(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x).float()
+
+    x, u = normal(5, 4).float(), normal(5, 3).float()
+    params = dict(model.named_parameters())
+    jacobian = linearize(inside, x, params)
+    assert jacobian.reason == "autocast is on"
+    wanted = torch.autograd.grad(inside(x), list(params.values()), u)
+    for t, w in zip(jacobian.vjp(u).values(), wanted, strict=True):
+        torch.testing.assert_close(t, w, rtol=0.02, atol=0.02)
+    operator = GaussNewton(inside, nn.MSELoss(), x, u, params)
+    assert all(t.isfinite().all() for t in operator(jacobian.vjp(u)).values())

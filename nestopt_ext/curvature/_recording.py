@@ -16,7 +16,7 @@ from ._evaluation import Evaluation
 from ._gradient import named_faults
 from ._linearization import Linearization
 from ._model import Model
-from ._tape import Node, Recorder, Tape, Unrecordable, Var, tensors_in
+from ._tape import Node, Recorder, Tape, Unrecordable, Var, autocast_is_on, tensors_in
 
 #: Vectors that are carried through a recording at once.
 _AT_ONCE = 64
@@ -151,7 +151,7 @@ def recorded(
 ) -> tuple[Tensor, Recording]:
     """The model's outputs, without graph, and the recording of their evaluation; raises :class:`Unrecordable`."""
     data = list(tensors_in((inputs,)))
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+    if autocast_is_on():
         raise Unrecordable("autocast is on")
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise Unrecordable("a transform of torch.func is running")

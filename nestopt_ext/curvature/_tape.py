@@ -388,6 +388,8 @@ class Recorder(TorchFunctionMode):
         record = RULES.get(func)
         if record is None:
             return NotImplemented
+        if autocast_is_on():  # rules compute in the dtypes of their operands
+            raise Unrecordable("autocast is on")
         constants = [t for t in tensors_in((args, tuple(kwargs.values()))) if self._find(t) is None]
         for t in constants:
             if self._versions.get(t, t._version) != t._version:
@@ -634,6 +636,11 @@ def _check_plain(func: Any, tensor: Tensor, var: Var | None) -> None:
         raise Unrecordable(f"{_name(func)} was called under a transform of torch.func")
     if tensor.layout != torch.strided or tensor.is_complex():
         raise Unrecordable(f"{_name(func)} was given a tensor of layout {tensor.layout} and dtype {tensor.dtype}")
+
+
+def autocast_is_on() -> bool:
+    """Whether PyTorch chooses dtypes now."""
+    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
 
 
 def _name(func: Any) -> str:
