@@ -131,3 +131,12 @@ def test_autocast_within_the_model_is_left_to_autograd():
         torch.testing.assert_close(t, w, rtol=0.02, atol=0.02)
     operator = GaussNewton(inside, nn.MSELoss(), x, u, params)
     assert all(t.isfinite().all() for t in operator(jacobian.vjp(u)).values())
+
+
+def test_outputs_that_are_written_to_are_noticed():
+    """The last layer may have kept them."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Softmax(-1)).double()
+    jacobian = linearize(model, normal(5, 4))
+    jacobian.outputs.zero_()
+    with pytest.raises(RuntimeError, match="changed in place since"):
+        jacobian.vjp(normal(5, 3))

@@ -82,7 +82,8 @@ class Recording:
         self._caller = caller
         self.params = params
         self._evaluation = evaluation
-        self._versions = [(t, t._version) for t in (*params, *data) if not t.is_inference()] + tape.constants
+        watched = (*params, *data, tape.outputs)  # the last layer may have kept what it gave
+        self._versions = [(t, t._version) for t in watched if not t.is_inference()] + tape.constants
 
     def forward(self, v: TensorList) -> Tensor:
         """J v."""
