@@ -140,3 +140,12 @@ def test_outputs_that_are_written_to_are_noticed():
     jacobian.outputs.zero_()
     with pytest.raises(RuntimeError, match="changed in place since"):
         jacobian.vjp(normal(5, 3))
+
+
+@pytest.mark.parametrize("alpha", [torch.ones(1), torch.ones(3)])
+def test_a_step_has_no_dimensions(alpha):
+    model = mlp(nn.Tanh())
+    jacobian = linearize(model, normal(5, 4))
+    into = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"alpha must be a number or a 0-dim tensor; got one of shape"):
+        jacobian.add_vjp_(normal(5, 3), into, alpha)
