@@ -1,5 +1,7 @@
 """Rules of a recording: fully connected layers and activations."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -149,3 +151,19 @@ def test_a_step_has_no_dimensions(alpha):
     into = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     with pytest.raises(ValueError, match=r"alpha must be a number or a 0-dim tensor; got one of shape"):
         jacobian.add_vjp_(normal(5, 3), into, alpha)
+
+
+def test_what_only_a_constant_needs_is_not_counted_as_opaque():
+    """Numbers that are rounded, with the derivative of those that are not."""
+
+    def f(x, w):
+        h = F.linear(x, w)
+        return h + (h.round() - h).detach()
+
+    model = Wrapped(f, normal(3, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert linearize(model, normal(5, 4)).opaque == ()
+    operator = GaussNewton(model, nn.MSELoss(), normal(5, 4), normal(5, 3), route="dual")
+    plain = GaussNewton(Wrapped(F.linear, normal(3, 4)), nn.MSELoss(), normal(5, 4), normal(5, 3))
+    torch.testing.assert_close(operator.dense(), plain.dense())

@@ -207,11 +207,12 @@ class Tape:
         data: list[Var],
         constants: list[tuple[Tensor, int]],
         output: Var,
-        opaque: list[str],
+        opaque: list[tuple[str, Node]],
     ) -> None:
         self.outputs = output.value
-        self.opaque = tuple(dict.fromkeys(opaque))
         self.nodes = _needed(nodes, output.slot)
+        needed = {id(node) for node in self.nodes}
+        self.opaque = tuple(dict.fromkeys(name for name, node in opaque if id(node) in needed))
         self.all_nodes = nodes
         self.data = data
         #: What else the nodes were given, and the version it has to keep.
@@ -309,7 +310,7 @@ class Recorder(TorchFunctionMode):
         self._num_slots = 0
         self._num_params = len(params)
         self.nodes: list[Node] = []
-        self.opaque: list[str] = []
+        self.opaque: list[tuple[str, Node]] = []
         self.data: list[Var] = []
         #: Constants that share memory with what is recorded.
         self._aliases: list[weakref.ref[Tensor]] = []
@@ -480,7 +481,6 @@ class Recorder(TorchFunctionMode):
         differentiable = [t for t in tensors_in((result,)) if t.requires_grad]
         if not differentiable:
             return result
-        self.opaque.append(_name(func))
 
         def replaced(t: Tensor) -> Tensor:
             if not t.requires_grad:
@@ -490,6 +490,7 @@ class Recorder(TorchFunctionMode):
 
         return mapped(result, replaced)
 
+            self.opaque.append((_name(func), node))
     # ---- variables --------------------------------------------------------------------------------------------------
 
     def _find(self, tensor: Tensor) -> Var | None:
