@@ -167,3 +167,21 @@ def test_what_only_a_constant_needs_is_not_counted_as_opaque():
     operator = GaussNewton(model, nn.MSELoss(), normal(5, 4), normal(5, 3), route="dual")
     plain = GaussNewton(Wrapped(F.linear, normal(3, 4)), nn.MSELoss(), normal(5, 4), normal(5, 3))
     torch.testing.assert_close(operator.dense(), plain.dense())
+
+
+@pytest.mark.parametrize("of", ["result", "param"])
+def test_hooks_on_gradients_are_left_to_autograd(of):
+    def f(x, w, p):
+        h = F.linear(x, w)
+        if of == "result":
+            h.register_hook(lambda g: 3 * g)
+        return torch.tanh(h * p)
+
+    model, x, u = Wrapped(f, normal(3, 4), normal(3)), normal(5, 4), normal(5, 3)
+    if of == "param":
+        model.params[0].register_hook(lambda g: 3 * g)
+    jacobian = linearize(model, x)
+    assert jacobian.reason == f"a {'tensor' if of == 'result' else of} has a hook that sees its gradient"
+    wanted = torch.autograd.grad(model(x), list(model.params), u)
+    for t, w in zip(jacobian.vjp(u).values(), wanted, strict=True):
+        torch.testing.assert_close(t, w)

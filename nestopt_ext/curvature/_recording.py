@@ -156,6 +156,8 @@ def recorded(
         raise Unrecordable("autocast is on")
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise Unrecordable("a transform of torch.func is running")
+    if any(p._backward_hooks for p in params):
+        raise Unrecordable("a param has a hook that sees its gradient")
 
     recorder = Recorder(params, data, lambda out, leaves, operands: Opaque(caller, out, leaves, operands))
 

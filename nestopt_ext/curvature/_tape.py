@@ -458,6 +458,8 @@ class Recorder(TorchFunctionMode):
         """A function without a rule: by autograd, for this part alone, if it sees params."""
         if not active:
             with torch.no_grad():
+        if func is Tensor.register_hook:
+            raise Unrecordable("a tensor has a hook that sees its gradient")
                 result = func(*args, **kwargs)
             for t in tensors_in((result,)):
                 if id(t) not in self._vars:
