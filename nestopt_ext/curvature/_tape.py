@@ -345,6 +345,8 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.nn.functional.multi_head_attention_forward:
+            _check_slow(args, kwargs)
         if not torch.is_grad_enabled():
             self._check_unwritten(func, args, kwargs)
             return self._noted(func(*args, **kwargs))
@@ -456,10 +458,10 @@ class Recorder(TorchFunctionMode):
 
     def _unknown(self, func: Any, args: Any, kwargs: Any, active: bool) -> Any:
         """A function without a rule: by autograd, for this part alone, if it sees params."""
-        if not active:
-            with torch.no_grad():
         if func is Tensor.register_hook:
             raise Unrecordable("a tensor has a hook that sees its gradient")
+        if not active:
+            with torch.no_grad():
                 result = func(*args, **kwargs)
             for t in tensors_in((result,)):
                 if id(t) not in self._vars:
@@ -488,11 +490,11 @@ class Recorder(TorchFunctionMode):
             if not t.requires_grad:
                 return t
             node = self._opaque_maker(t, list(leaves.values()), list(variables.values()))
+            self.opaque.append((_name(func), node))
             return self._hand_out(node, t.detach())
 
         return mapped(result, replaced)
 
-            self.opaque.append((_name(func), node))
     # ---- variables --------------------------------------------------------------------------------------------------
 
     def _find(self, tensor: Tensor) -> Var | None:
@@ -639,6 +641,14 @@ def _check_plain(func: Any, tensor: Tensor, var: Var | None) -> None:
         raise Unrecordable(f"{_name(func)} was called under a transform of torch.func")
     if tensor.layout != torch.strided or tensor.is_complex():
         raise Unrecordable(f"{_name(func)} was given a tensor of layout {tensor.layout} and dtype {tensor.dtype}")
+
+
+def _check_slow(args: Any, kwargs: Any) -> None:
+    """Not where a transformer leaves out its padding, with zeros in place: it does not while any mode is active."""
+    fast = kwargs.get("key_padding_mask") is not None and not kwargs.get("training", True)
+    graph = torch.is_grad_enabled() and any(t.requires_grad for t in tensors_in((args, tuple(kwargs.values()))))
+    if fast and not graph:
+        raise Unrecordable("a transformer without gradients may leave out its padding")
 
 
 def autocast_is_on() -> bool:
