@@ -185,3 +185,11 @@ def test_hooks_on_gradients_are_left_to_autograd(of):
     wanted = torch.autograd.grad(model(x), list(model.params), u)
     for t, w in zip(jacobian.vjp(u).values(), wanted, strict=True):
         torch.testing.assert_close(t, w)
+
+
+@pytest.mark.parametrize("asks", [lambda h: h.grad_fn is None, lambda h: h.is_leaf])
+def test_a_model_that_asks_for_a_graph_is_left_to_autograd(asks):
+    model = Wrapped(lambda x, w: F.linear(x, w) * (2 if asks(F.linear(x, w)) else 3), normal(3, 4))
+    jacobian = linearize(model, normal(5, 4))
+    assert jacobian.reason is not None and jacobian.reason.endswith("asks for a graph")
+    torch.testing.assert_close(jacobian.outputs, 3 * F.linear(normal(5, 4), normal(3, 4)))

@@ -435,6 +435,9 @@ class Recorder(TorchFunctionMode):
         """A property of a tensor."""
         result = func(*args, **kwargs)
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        var = self._find(args[0])
+        if attribute in ("grad_fn", "is_leaf") and var is not None and var.active and var.slot >= self._num_params:
+            raise Unrecordable(f"Tensor.{attribute} asks for a graph")
         if isinstance(result, Tensor) and attribute not in ("data", "grad"):
             transposed = _TRANSPOSES.get(attribute)
             if transposed is None:
