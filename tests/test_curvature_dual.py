@@ -2,6 +2,8 @@
 
 import functools
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -50,6 +52,17 @@ def mlp():
 
 WEIGHT = torch.tensor([1.0, 2.0, 0.5], dtype=F64)
 IGNORED = torch.tensor([0, -100, 2, 1, -100, 2, 0])
+
+
+class PositionsFirst(nn.Module):
+    """A layer that takes the tokens of all examples at a position together: examples are not first in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.block = nn.Embedding(6, 4), nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0)
+
+    def forward(self, tokens):
+        return self.block(self.embed(tokens).transpose(0, 1)).mean(0)
 
 
 class Tokens(nn.Module):
@@ -101,6 +114,7 @@ def problem(name, dtype):
         ),
         "one example": (mlp, nn.CrossEntropyLoss(), x[:1], classes(1, 1)),
         "images": (cnn, nn.CrossEntropyLoss(), normal(0, 4, 2, 9, 9).to(dtype), classes(1, 4)),
+        "positions first": (PositionsFirst, nn.CrossEntropyLoss(), classes(0, 3, 2, high=6), classes(1, 3, high=4)),
         "tokens": (Tokens, nn.CrossEntropyLoss(), classes(0, 3, 2, high=6), classes(1, 6, high=6)),
     }  # fmt: skip
     make, criterion, inputs, targets = found[name]
@@ -109,7 +123,8 @@ def problem(name, dtype):
 
 PROBLEMS = [
     "cross entropy", "sum", "masked", "probabilities", "squares", "logistic", "poisson", "tied",
-    "classes at positions", "squares at positions", "one example", "images", "tokens",
+    "classes at positions", "squares at positions", "one example", "images", "positions first",
+    "tokens",
 ]  # fmt: skip
 
 
@@ -603,3 +618,19 @@ def test_a_scale_for_each_weight_takes_pieces(monkeypatch):
         parts = solve(operator + decay, v, Woodbury()).value
     assert relative_error(parts, whole) <= 1e-13
     assert seen.most <= 60 * 80
+
+
+def test_threads_with_dampings_of_their_own_share_an_operator():
+    """Each one's factorization is its own, however they come to look for the examples."""
+    model, criterion, x, y = problem("cross entropy", F64)
+    wanted = EmpiricalFisher(model, criterion, x, y, route="dual")
+    v = [t[None] for t in like(wanted, 1)]
+    expected = {damping: wanted.flat_inverse(v, damping) for damping in (0.1, 0.5, 1.0, 2.0)}
+    operator, start = EmpiricalFisher(model, criterion, x, y), threading.Barrier(4)
+
+    def work(damping):
+        start.wait()
+        return max(relative_error(operator.flat_inverse(v, damping), expected[damping]) for _ in range(200))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(work, expected)) <= 1e-12

@@ -133,6 +133,11 @@ def test_a_scale_without_dimensions_and_one_for_each_of_one_example():
     check_example_gradients(model, normal(1, 3))
 
 
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_factor_that_is_true_or_false(flag):
+    check_rule(Wrapped(lambda x, w, p: F.linear(x, w) * flag + flag * p * p, normal(5, 3), normal(5)), normal(6, 3))
+
+
 def test_an_operand_with_an_entry_for_each_example():
     model = Wrapped(lambda x, w, p: F.linear(x, w) * p, normal(5, 3), normal(6, 1))
     check_rule(model, normal(6, 3))

@@ -238,3 +238,22 @@ def test_static_keys_go_by_autograd():
 def test_lower_precision(dtype):
     model = seeded(lambda: Attends(lambda a, x: a(x, x, x, need_weights=False)[0], batch_first=True)).to(dtype)
     check_rule(model, normal(5, 4, 6).to(dtype), rtol=16 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_transformer_that_leaves_out_its_padding_is_left_to_autograd(frozen):
+    """Without gradients, and in eval mode, its results are zero there; while any mode is active they are not."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+    body, head = nn.TransformerEncoder(layer, 1).double().eval().requires_grad_(not frozen), nn.Linear(4, 3).double()
+
+    def model(x, padding):
+        with torch.set_grad_enabled(frozen):
+            h = body(x, src_key_padding_mask=padding)
+        return head(h.mean(1))
+
+    inputs = normal(2, 3, 4), torch.tensor([[False, False, True], [False, True, True]])
+    jacobian = linearize(model, inputs, list(head.parameters()))
+    assert jacobian.reason == "a transformer without gradients may leave out its padding"
+    torch.testing.assert_close(jacobian.outputs, model(*inputs).detach())

@@ -1,12 +1,14 @@
 """Rules of a recording: fully connected layers and activations."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
 from rules import Wrapped, check_example_gradients, check_rule
 from torch import nn
 
-from nestopt_ext.curvature import linearize
+from nestopt_ext.curvature import GaussNewton, linearize
 
 F64 = torch.float64
 
@@ -113,3 +115,81 @@ def test_a_frozen_weight_that_changes_is_noticed():
     with pytest.raises(RuntimeError, match=r"^linearize: model must be computed from the params as they are"):
         jacobian.vjp(normal(5, 3))
     assert before["0.weight"].isfinite().all()
+
+
+def test_autocast_within_the_model_is_left_to_autograd():
+    model = mlp(nn.Tanh()).float()
+
+    def inside(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x).float()
+
+    x, u = normal(5, 4).float(), normal(5, 3).float()
+    params = dict(model.named_parameters())
+    jacobian = linearize(inside, x, params)
+    assert jacobian.reason == "autocast is on"
+    wanted = torch.autograd.grad(inside(x), list(params.values()), u)
+    for t, w in zip(jacobian.vjp(u).values(), wanted, strict=True):
+        torch.testing.assert_close(t, w, rtol=0.02, atol=0.02)
+    operator = GaussNewton(inside, nn.MSELoss(), x, u, params)
+    assert all(t.isfinite().all() for t in operator(jacobian.vjp(u)).values())
+
+
+def test_outputs_that_are_written_to_are_noticed():
+    """The last layer may have kept them."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Softmax(-1)).double()
+    jacobian = linearize(model, normal(5, 4))
+    jacobian.outputs.zero_()
+    with pytest.raises(RuntimeError, match="changed in place since"):
+        jacobian.vjp(normal(5, 3))
+
+
+@pytest.mark.parametrize("alpha", [torch.ones(1), torch.ones(3)])
+def test_a_step_has_no_dimensions(alpha):
+    model = mlp(nn.Tanh())
+    jacobian = linearize(model, normal(5, 4))
+    into = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"alpha must be a number or a 0-dim tensor; got one of shape"):
+        jacobian.add_vjp_(normal(5, 3), into, alpha)
+
+
+def test_what_only_a_constant_needs_is_not_counted_as_opaque():
+    """Numbers that are rounded, with the derivative of those that are not."""
+
+    def f(x, w):
+        h = F.linear(x, w)
+        return h + (h.round() - h).detach()
+
+    model = Wrapped(f, normal(3, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert linearize(model, normal(5, 4)).opaque == ()
+    operator = GaussNewton(model, nn.MSELoss(), normal(5, 4), normal(5, 3), route="dual")
+    plain = GaussNewton(Wrapped(F.linear, normal(3, 4)), nn.MSELoss(), normal(5, 4), normal(5, 3))
+    torch.testing.assert_close(operator.dense(), plain.dense())
+
+
+@pytest.mark.parametrize("of", ["result", "param"])
+def test_hooks_on_gradients_are_left_to_autograd(of):
+    def f(x, w, p):
+        h = F.linear(x, w)
+        if of == "result":
+            h.register_hook(lambda g: 3 * g)
+        return torch.tanh(h * p)
+
+    model, x, u = Wrapped(f, normal(3, 4), normal(3)), normal(5, 4), normal(5, 3)
+    if of == "param":
+        model.params[0].register_hook(lambda g: 3 * g)
+    jacobian = linearize(model, x)
+    assert jacobian.reason == f"a {'tensor' if of == 'result' else of} has a hook that sees its gradient"
+    wanted = torch.autograd.grad(model(x), list(model.params), u)
+    for t, w in zip(jacobian.vjp(u).values(), wanted, strict=True):
+        torch.testing.assert_close(t, w)
+
+
+@pytest.mark.parametrize("asks", [lambda h: h.grad_fn is None, lambda h: h.is_leaf])
+def test_a_model_that_asks_for_a_graph_is_left_to_autograd(asks):
+    model = Wrapped(lambda x, w: F.linear(x, w) * (2 if asks(F.linear(x, w)) else 3), normal(3, 4))
+    jacobian = linearize(model, normal(5, 4))
+    assert jacobian.reason is not None and jacobian.reason.endswith("asks for a graph")
+    torch.testing.assert_close(jacobian.outputs, 3 * F.linear(normal(5, 4), normal(3, 4)))

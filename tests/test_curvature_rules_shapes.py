@@ -192,6 +192,25 @@ def test_what_was_used_and_then_written_by_another_name_is_not_recorded(write):
         linearize(written(write), normal(6, 4, 5)).vjp(normal(6, 4, 8))
 
 
+@pytest.mark.parametrize("other", [lambda h: h.detach(), lambda h: h.data, lambda h: h.detach()[0]])
+def test_what_is_written_while_a_constant_shares_its_memory_is_not_recorded(other):
+    """The constant has the new value, too."""
+
+    def f(x, w):
+        h = F.linear(x, w)
+        same = other(h)
+        h.mul_(2)
+        return h * same
+
+    model, x, u = Wrapped(f, normal(8, 5)), normal(6, 4, 5), normal(6, 4, 8)
+    jacobian = linearize(model, x)
+    assert jacobian.reason == "mul_ writes in place to memory that another tensor shares"
+    outputs = model(x)
+    torch.testing.assert_close(jacobian.outputs, outputs.detach())
+    (wanted,) = torch.autograd.grad(outputs, list(model.params), u)
+    torch.testing.assert_close(jacobian.vjp(u)["params.0"], wanted)
+
+
 def test_a_constant_that_data_is_written_to_is_one():
     def f(x, p):
         bias = torch.zeros_like(x)

@@ -165,12 +165,13 @@ class DualSpace:
             found, info = torch.linalg.solve_ex(matrix, (weights * inside).T)
             return torch.where(info != 0, float("nan"), found).T
         root = weights.sqrt()
-        if self._factor is None or self._factor[0] != damping:
+        kept = self._factor  # once: another thread may put another damping there
+        if kept is None or kept[0] != damping:
             matrix = root.unsqueeze(1) * gram * root
             matrix.diagonal().add_(damping)
             factor, info = torch.linalg.cholesky_ex(matrix)
-            self._factor = damping, torch.where(info != 0, float("nan"), factor)
-        return root * torch.cholesky_solve((root * inside).T, self._factor[1]).T
+            self._factor = kept = damping, torch.where(info != 0, float("nan"), factor)
+        return root * torch.cholesky_solve((root * inside).T, kept[1]).T
 
 
 def _square(v: TensorList, like: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ class PickedRows(RowBlock):
     def __init__(self, gradients: Picked, shape: torch.Size) -> None:
         left = gradients.left
         super().__init__(len(left), shape, left.device)
-        self._left, self._index = left, gradients.index
+        self._left, self._index = left.contiguous(), gradients.index  # a batch may not come first in memory
         self._batch, self._positions = self._index.shape
         self._copies = len(left) // max(1, self._batch)
         self.unit = max(1, left.shape[2])

@@ -15,7 +15,7 @@ from ._evaluation import Evaluation
 from ._gradient import named_faults
 from ._linearization import Linearization
 from ._model import Model
-from ._tape import Node, Recorder, Tape, Unrecordable, Var, tensors_in
+from ._tape import Node, Recorder, Tape, Unrecordable, Var, autocast_is_on, tensors_in
 
 #: Vectors that are carried through a recording at once.
 _AT_ONCE = 64
@@ -81,7 +81,8 @@ class Recording:
         self._caller = caller
         self.params = params
         self._evaluation = evaluation
-        self._versions = [(t, t._version) for t in (*params, *data) if not t.is_inference()] + tape.constants
+        watched = (*params, *data, tape.outputs)  # the last layer may have kept what it gave
+        self._versions = [(t, t._version) for t in watched if not t.is_inference()] + tape.constants
 
     def forward(self, v: TensorList) -> Tensor:
         """J v."""
@@ -152,10 +153,12 @@ def recorded(
     from . import _rules  # noqa: F401  registers the rules: a good part of the package's import time
 
     data = list(tensors_in((inputs,)))
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+    if autocast_is_on():
         raise Unrecordable("autocast is on")
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise Unrecordable("a transform of torch.func is running")
+    if any(p._backward_hooks for p in params):
+        raise Unrecordable("a param has a hook that sees its gradient")
 
     recorder = Recorder(params, data, lambda out, leaves, operands: Opaque(caller, out, leaves, operands))
 

@@ -77,24 +77,28 @@ class Routes:
     def space(self) -> DualSpace | None:
         """The span of the rows, made once; None where there is none."""
         self._ask()
-        if self._space is None and self._make is not None and self.reason is None:
+        make = self._make
+        if self._space is None and make is not None and self.reason is None:
             try:
-                self._space = self._make()
+                self._space = make()
             except (MixesExamples, NotImplementedError) as error:  # a layer without gradients for each example
                 self.reason = str(error) or "a layer has no gradients for each example"
             self._make = None
         return self._space
 
     def _ask(self) -> None:
-        """Looks for the examples, once."""
+        """Looks for the examples, once; threads that come at the same time each look, and find the same."""
+        piece = self._piece
         if self._asked:
             return
-        self._asked = True
-        piece, self._piece = self._piece, ""
         if isinstance(piece, str):
             self.reason = piece
-            return
-        jacobian, middle = piece
+        else:
+            self._look(*piece)
+        self._asked = True
+        self._piece = ""
+
+    def _look(self, jacobian: Jacobian, middle: LossHessian) -> None:
         try:
             if not isinstance(jacobian, Recording):
                 raise MixesExamples("the model could not be recorded, and goes by autograd")

@@ -207,11 +207,12 @@ class Tape:
         data: list[Var],
         constants: list[tuple[Tensor, int]],
         output: Var,
-        opaque: list[str],
+        opaque: list[tuple[str, Node]],
     ) -> None:
         self.outputs = output.value
-        self.opaque = tuple(dict.fromkeys(opaque))
         self.nodes = _needed(nodes, output.slot)
+        needed = {id(node) for node in self.nodes}
+        self.opaque = tuple(dict.fromkeys(name for name, node in opaque if id(node) in needed))
         self.all_nodes = nodes
         self.data = data
         #: What else the nodes were given, and the version it has to keep.
@@ -309,8 +310,10 @@ class Recorder(TorchFunctionMode):
         self._num_slots = 0
         self._num_params = len(params)
         self.nodes: list[Node] = []
-        self.opaque: list[str] = []
+        self.opaque: list[tuple[str, Node]] = []
         self.data: list[Var] = []
+        #: Constants that share memory with what is recorded.
+        self._aliases: list[weakref.ref[Tensor]] = []
         #: Values that were handed out, and what version they had.
         self._values: list[tuple[Tensor, int]] = []
         #: The same for constants that rules were given.
@@ -342,9 +345,11 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.nn.functional.multi_head_attention_forward:
+            _check_slow(args, kwargs)
         if not torch.is_grad_enabled():
             self._check_unwritten(func, args, kwargs)
-            return func(*args, **kwargs)
+            return self._noted(func(*args, **kwargs))
         tensors = list(tensors_in((args, tuple(kwargs.values()))))
         found = [self._find(t) for t in tensors]
         if not any(found):
@@ -355,7 +360,7 @@ class Recorder(TorchFunctionMode):
         if name == "__get__":
             return self._attribute(func, args, kwargs)
         if func in _ASKS:
-            return func(*args, **kwargs)
+            return self._noted(func(*args, **kwargs))
         active = any(var is not None and var.active for var in found)
         if func in REWRITES and active:
             with self:
@@ -386,6 +391,8 @@ class Recorder(TorchFunctionMode):
         record = RULES.get(func)
         if record is None:
             return NotImplemented
+        if autocast_is_on():  # rules compute in the dtypes of their operands
+            raise Unrecordable("autocast is on")
         constants = [t for t in tensors_in((args, tuple(kwargs.values()))) if self._find(t) is None]
         for t in constants:
             if self._versions.get(t, t._version) != t._version:
@@ -428,12 +435,20 @@ class Recorder(TorchFunctionMode):
         """A property of a tensor."""
         result = func(*args, **kwargs)
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        var = self._find(args[0])
+        if attribute in ("grad_fn", "is_leaf") and var is not None and var.active and var.slot >= self._num_params:
+            raise Unrecordable(f"Tensor.{attribute} asks for a graph")
         if isinstance(result, Tensor) and attribute not in ("data", "grad"):
             transposed = _TRANSPOSES.get(attribute)
             if transposed is None:
                 raise Unrecordable(f"Tensor.{attribute} has no rule")
             with self:
                 return transposed(args[0])
+        return self._noted(result)
+
+    def _noted(self, result: Any) -> Any:
+        """A constant, which may be a view of what is recorded."""
+        self._aliases.extend(weakref.ref(t) for t in tensors_in((result,)) if t.layout == torch.strided)
         return result
 
     def _written(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -446,6 +461,8 @@ class Recorder(TorchFunctionMode):
 
     def _unknown(self, func: Any, args: Any, kwargs: Any, active: bool) -> Any:
         """A function without a rule: by autograd, for this part alone, if it sees params."""
+        if func is Tensor.register_hook:
+            raise Unrecordable("a tensor has a hook that sees its gradient")
         if not active:
             with torch.no_grad():
                 result = func(*args, **kwargs)
@@ -471,12 +488,12 @@ class Recorder(TorchFunctionMode):
         differentiable = [t for t in tensors_in((result,)) if t.requires_grad]
         if not differentiable:
             return result
-        self.opaque.append(_name(func))
 
         def replaced(t: Tensor) -> Tensor:
             if not t.requires_grad:
                 return t
             node = self._opaque_maker(t, list(leaves.values()), list(variables.values()))
+            self.opaque.append((_name(func), node))
             return self._hand_out(node, t.detach())
 
         return mapped(result, replaced)
@@ -534,7 +551,7 @@ class Recorder(TorchFunctionMode):
     def _check_alone(self, name: str, target: Tensor) -> None:
         """Nothing else that is recorded may have the memory of ``target``."""
         storage = target.untyped_storage().data_ptr()
-        for reference, _ in self._vars.values():
+        for reference in (*(reference for reference, _ in self._vars.values()), *self._aliases):
             other = reference()
             if other is not None and other is not target and other.untyped_storage().data_ptr() == storage:
                 raise Unrecordable(f"{name} writes in place to memory that another tensor shares")
@@ -627,6 +644,19 @@ def _check_plain(func: Any, tensor: Tensor, var: Var | None) -> None:
         raise Unrecordable(f"{_name(func)} was called under a transform of torch.func")
     if tensor.layout != torch.strided or tensor.is_complex():
         raise Unrecordable(f"{_name(func)} was given a tensor of layout {tensor.layout} and dtype {tensor.dtype}")
+
+
+def _check_slow(args: Any, kwargs: Any) -> None:
+    """Not where a transformer leaves out its padding, with zeros in place: it does not while any mode is active."""
+    fast = kwargs.get("key_padding_mask") is not None and not kwargs.get("training", True)
+    graph = torch.is_grad_enabled() and any(t.requires_grad for t in tensors_in((args, tuple(kwargs.values()))))
+    if fast and not graph:
+        raise Unrecordable("a transformer without gradients may leave out its padding")
+
+
+def autocast_is_on() -> bool:
+    """Whether PyTorch chooses dtypes now."""
+    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
 
 
 def _name(func: Any) -> str:

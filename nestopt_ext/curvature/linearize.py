@@ -59,6 +59,9 @@ class Linearized:
         flat = self._flat("add_vjp_", "into", into)
         if isinstance(alpha, bool) or not isinstance(alpha, Real | Tensor):
             raise TypeError(f"linearize.add_vjp_: alpha must be a number or a 0-dim tensor; got {alpha!r}.")
+        if isinstance(alpha, Tensor) and alpha.dim():
+            got = _lists.shape_name(alpha.shape)
+            raise ValueError(f"linearize.add_vjp_: alpha must be a number or a 0-dim tensor; got one of shape {got}.")
         self._jacobian.backward_into(u * alpha, flat)
 
     def _flat(self, method: str, name: str, tensors: Tensors) -> TensorList:

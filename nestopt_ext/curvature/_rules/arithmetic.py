@@ -37,7 +37,9 @@ class Elementwise(Node):
         dtypes = [x.dtype if isinstance(x, Tensor) else value.dtype for x in map(value_of, operands)]
         #: Numbers that tensors hold keep their precision; what is as large as the result has its dtype.
         self.factors = tuple(
-            f.to(value.dtype) if isinstance(f, Tensor) and (f.dim() or not f.is_floating_point()) else f
+            f.to(value.dtype)
+            if isinstance(f, Tensor) and (f.dim() or not f.is_floating_point())
+            else (float(f) if isinstance(f, bool) else f)
             for f in (factors if self.wanted else ())
         )
         self.shapes, self.shape, self.dtype = shapes, value.shape, value.dtype
