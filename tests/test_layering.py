@@ -12,6 +12,7 @@ PACKAGE = ROOT / "nestopt_ext"
 
 FOUNDATION = {
     "_ops",
+    "_stack",
     "_functions",
     "_lists",
     "_low_rank",
@@ -24,6 +25,7 @@ FOUNDATION = {
 LOOPS = {"_progress", "_checkpoint", "_json_log"}
 ROOMS = {
     "_version": set(),
+    "_stack": set(),
     "_types": set(),
     "_lists": {"_types"},
     "_low_rank": {"_lists", "_types"},

@@ -20,7 +20,7 @@ from ._loop import neumann_sum
 from ._model import Model, Params, batch_size, part_of
 from ._operator import CurvatureOperator
 from ._plan import Plan, Route
-from ._recording import Jacobian, recorded
+from ._recording import Jacobian, notice, recorded
 from ._routes import Routes, check_route
 from ._vjp import joined
 from .loss_hessian import LossHessian, as_targets, check_criterion
@@ -64,6 +64,7 @@ class ModelCurvature(CurvatureOperator):
             self._size = self._step = None
             self._total: Tensor | int | None = None
             self._whole: Piece | None = self._first(lambda call: self._piece(call, inputs, self._targets, None))
+            notice(caller, self._whole[0])
             self._routes = Routes(caller, route, self._params, self._whole)
             return
         if isinstance(microbatch, bool) or not isinstance(microbatch, int):
@@ -93,7 +94,9 @@ class ModelCurvature(CurvatureOperator):
     def _check_first_part(self, caller: str) -> None:
         """Evaluates one part, for its faults, and finds what the whole batch is divided by."""
         first = part_of(self._inputs, 0, self._step or 0), part_of(self._targets, 0, self._step or 0)
-        outputs = self._first(lambda call: self._jacobian(call, first[0])[0])
+        outputs, jacobian = self._first(lambda call: self._jacobian(call, first[0]))
+        notice(caller, jacobian)
+        del jacobian
         known = self._known(outputs, first[1])
         if known is None:
             return

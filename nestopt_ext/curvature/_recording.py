@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .._stack import caller_depth
 from .._types import TensorList
 from ._evaluation import Evaluation
 from ._gradient import named_faults
@@ -171,17 +172,16 @@ def recorded(
     tape: Tape | None = evaluation.value
     if tape is None:
         raise Unrecordable("its output does not depend on the params")
-    if tape.opaque:
-        notice(caller, tape.opaque)
     return tape.outputs, Recording(caller, tape, params, data, evaluation)
 
 
-def notice(caller: str, functions: Sequence[str]) -> None:
-    """Says once of each function that it has no rule."""
+def notice(caller: str, jacobian: Jacobian) -> None:
+    """Says once of each function in a recording that it has no rule."""
+    functions = jacobian.tape.opaque if isinstance(jacobian, Recording) else ()
     new = [name for name in functions if name not in _noticed]
     _noticed.update(new)
     if new:
         warnings.warn(
             f"{caller}: no rule for {', '.join(new)}: autograd takes that part, at about three times the cost.",
-            stacklevel=2,
+            stacklevel=caller_depth(),
         )

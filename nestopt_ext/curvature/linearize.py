@@ -14,7 +14,7 @@ from ._batch_statistics import FrozenBatchStatistics
 from ._evaluation import Replay
 from ._linearization import Linearization
 from ._model import Model, Params
-from ._recording import Jacobian, Recording, recorded
+from ._recording import Jacobian, Recording, notice, recorded
 
 
 class Linearized:
@@ -118,13 +118,14 @@ def linearize(
     wrapped = Model(caller, model, FrozenBatchStatistics if freeze_batch_norm else None)
     flat, structure = wrapped.choose(params)
     replay = Replay()
-    reason = None
     try:
         with replay.run() as call:
             outputs, jacobian = recorded(caller, wrapped, inputs, flat, call)
-            return Linearized(outputs, jacobian, flat, structure, None)
     except Exception as error:  # what the model itself raises it raises again
         reason = str(error) or type(error).__name__
+    else:
+        notice(caller, jacobian)
+        return Linearized(outputs, jacobian, flat, structure, None)
     with replay.run() as call:
         evaluation = call(lambda: wrapped.outputs(inputs))
     value: Tensor = evaluation.value

@@ -24,7 +24,6 @@ derivative.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -33,6 +32,7 @@ import torch
 from torch import Tensor
 
 from .._lists import value_name
+from .._stack import caller_depth
 from .._types import TensorList
 from ..optim._arguments import check_lr, check_real
 from . import _normal_equations
@@ -205,7 +205,7 @@ def cgd(
             f" {found.num_iterations} iterations. Raise max_iters or rtol, or lower lr. The direction is returned as"
             " it is.",
             RuntimeWarning,
-            stacklevel=_caller_depth(),
+            stacklevel=caller_depth(),
         )
     return blocks.players.pack(found.value)
 
@@ -228,14 +228,3 @@ def _step_size(caller: str, lr: float | Tensor) -> float | Tensor:
     """The checked step size; a tensor stays where it is, so that nothing waits for it."""
     check_lr(caller, lr)
     return lr.detach().reshape(()) if isinstance(lr, Tensor) else lr
-
-
-def _caller_depth() -> int:
-    """The stack level, counted from the function that warns, of the first frame outside this package."""
-    package = __name__.partition(".")[0]
-    frame = sys._getframe(1)
-    depth = 1
-    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] == package:
-        frame = frame.f_back
-        depth += 1
-    return depth

@@ -11,9 +11,9 @@ from typing import Any, get_args
 from torch import Tensor
 
 from .. import _lists
+from .._stack import caller_depth
 from .._types import MatVec, Tensors
 from ..solvers import Neumann, Solver, Status
-from ..solvers._outcome import caller_depth
 from ..solvers._solve import check_solver
 from ._batch import Batch, place, surroundings
 from ._choice import CaptureMode, Setup, numbers_of

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from .. import _lists
+from .._stack import caller_depth
 from .._types import TensorList
 from ._solution import Status
 from ._system import System
@@ -136,14 +136,3 @@ def warn(caller: str, verdict: Verdict) -> None:
 
 def unfit_right_side(used: str) -> str:
     return f"v must be finite; got NaN or Inf, which the result keeps ({used}). Look for it in the outer gradient."
-
-
-def caller_depth() -> int:
-    """The stack level, counted from whoever asks, of the first frame that is neither of this package nor of torch."""
-    packages = (__name__.partition(".")[0], "torch")
-    frame = sys._getframe(1)
-    depth = 1
-    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] in packages:
-        frame = frame.f_back
-        depth += 1
-    return depth

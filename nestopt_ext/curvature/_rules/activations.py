@@ -12,6 +12,10 @@ from torch import Tensor
 
 from .._tape import OUT_OF_PLACE, Node, Operand, accumulated, rule, value_of
 
+# Klambauer et al., Self-normalizing neural networks (2017).
+_SELU_ALPHA = 1.6732632423543772
+_SELU_SCALE = 1.0507009873554805
+
 
 class Factor(Node):
     """A product with a fixed factor for each element, of the operand's shape."""
@@ -65,6 +69,61 @@ def leaky_relu(input: Operand, negative_slope: float = 0.01, inplace: bool = Fal
     x = value_of(input)
     factor = torch.where(x > 0, x.new_ones(()), x.new_full((), negative_slope))
     return Factor(input, factor), F.leaky_relu(x, negative_slope)
+
+
+@rule(F.elu, inplace_position=2)
+def elu(input: Operand, alpha: float = 1.0, inplace: bool = False) -> Any:
+    x = value_of(input)
+    return Factor(input, torch.where(x > 0, torch.ones_like(x), alpha * x.exp())), F.elu(x, alpha)
+
+
+@rule(F.celu, inplace_position=2)
+def celu(input: Operand, alpha: float = 1.0, inplace: bool = False) -> Any:
+    x = value_of(input)
+    return Factor(input, torch.where(x > 0, torch.ones_like(x), (x / alpha).exp())), F.celu(x, alpha)
+
+
+@rule(F.selu, inplace_position=1)
+def selu(input: Operand, inplace: bool = False) -> Any:
+    x = value_of(input)
+    factor = torch.where(x > 0, torch.full_like(x, _SELU_SCALE), _SELU_SCALE * _SELU_ALPHA * x.exp())
+    return Factor(input, factor), F.selu(x)
+
+
+@rule(F.hardtanh, inplace_position=3)
+def hardtanh(input: Operand, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Any:
+    x = value_of(input)
+    return Factor(input, ((x > min_val) & (x < max_val)).to(x.dtype)), F.hardtanh(x, min_val, max_val)
+
+
+@rule(F.relu6, inplace_position=1)
+def relu6(input: Operand, inplace: bool = False) -> Any:
+    return hardtanh(input, 0.0, 6.0)
+
+
+@rule(F.hardswish, inplace_position=1)
+def hardswish(input: Operand, inplace: bool = False) -> Any:
+    x = value_of(input)
+    return Factor(input, torch.ops.aten.hardswish_backward(torch.ones_like(x), x)), F.hardswish(x)
+
+
+@rule(F.mish, inplace_position=1)
+def mish(input: Operand, inplace: bool = False) -> Any:
+    x = value_of(input)
+    t = F.softplus(x).tanh()
+    return Factor(input, t + x * (1 - t * t) * x.sigmoid()), F.mish(x)
+
+
+@rule(F.logsigmoid)
+def logsigmoid(input: Operand) -> Any:
+    x = value_of(input)
+    return Factor(input, (-x).sigmoid()), F.logsigmoid(x)
+
+
+@rule(F.softsign)
+def softsign(input: Operand) -> Any:
+    x = value_of(input)
+    return Factor(input, (1 + x.abs()).pow(-2)), F.softsign(x)
 
 
 @rule(F.gelu)
