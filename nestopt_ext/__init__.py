@@ -108,3 +108,7 @@ def __getattr__(name: str) -> Any:
     if name in ("BilevelLoop", "CapturedHypergradient", "check_hypergradient", "estimate_cost"):
         return getattr(importlib.import_module(f"{__name__}.hypergrad"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -441,6 +441,21 @@ def test_a_set_up_for_each_kind_of_data_the_oldest_dropped(graphs):
     assert graphs.made == 5, "other strides"
 
 
+def test_kinds_of_data_that_come_back_after_they_were_dropped_are_not_set_up_again_and_again(graphs):
+    problem = Problem()
+    captured = problem.captured(max_captures=2)
+    made = 0
+    with pytest.warns(UserWarning, match=r"more than max_captures = 2 kinds of shapes\. Raise max_captures"):
+        for size in (8, 4, 6, 8, 4, 6, 8):
+            data = problem.data(size, size)
+            assert_close(captured.step(*data), problem.expected(*data))
+            made = max(made, graphs.made)
+    assert made <= 4 and captured.mode == "eager" and "max_captures" in captured.reason
+    captured.reset()
+    captured.step(*problem.data(8, 8))
+    assert captured.reason is None
+
+
 def test_what_calls_for_another_set_up(graphs):
     problem = Problem()
     alpha = torch.tensor(0.05, dtype=F64)

@@ -65,7 +65,7 @@ class ModelCurvature(CurvatureOperator):
             self._total: Tensor | int | None = None
             self._whole: Piece | None = self._first(lambda call: self._piece(call, inputs, self._targets, None))
             notice(caller, self._whole[0])
-            self._routes = Routes(caller, route, self._params, self._whole)
+            self._routes = Routes(caller, route, self._params, self._whole, self._unrecordable)
             return
         if isinstance(microbatch, bool) or not isinstance(microbatch, int):
             raise TypeError(f"{caller}: microbatch must be None or an int; got {microbatch!r}.")

@@ -13,7 +13,6 @@ from torch import Tensor
 from .._stack import caller_depth
 from .._types import TensorList
 from ._evaluation import Evaluation
-from ._gradient import named_faults
 from ._linearization import Linearization
 from ._model import Model
 from ._tape import Node, Recorder, Tape, Unrecordable, Var, autocast_is_on, tensors_in
@@ -130,8 +129,10 @@ class Recording:
     def _check_unchanged(self) -> None:
         for t, version in self._versions:
             if t._version != version:
-                with named_faults(self._caller, "model"):
-                    raise RuntimeError("a recorded tensor was modified by an inplace operation")
+                raise RuntimeError(
+                    f"{self._caller}: model must be computed from the params as they are; got params, or another tensor"
+                    " it uses, changed in place since. Make a new one after such a change; an optimizer step is one."
+                )
 
 
 def _at_once(function: Callable[..., list[Tensor]], arguments: Sequence[Tensor], like: TensorList) -> TensorList:

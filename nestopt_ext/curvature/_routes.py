@@ -25,11 +25,16 @@ def check_route(caller: str, route: object) -> None:
 class Routes:
     """What an operator J' H J offers beside products: the span of its rows, made when it is first worth it.
 
-    ``piece`` is J and H of the whole batch, or why there is no such thing.
+    ``piece`` is J and H of the whole batch, or why there is no such thing; ``unrecordable`` why J is not a recording.
     """
 
     def __init__(
-        self, caller: str, route: Route, params: TensorList, piece: tuple[Jacobian, LossHessian] | str
+        self,
+        caller: str,
+        route: Route,
+        params: TensorList,
+        piece: tuple[Jacobian, LossHessian] | str,
+        unrecordable: str | None = None,
     ) -> None:
         self._route: Route = route
         self._params = params
@@ -40,6 +45,7 @@ class Routes:
         #: Why there is no span of rows; None as long as there may be one.
         self.reason: str | None = None
         self._piece: tuple[Jacobian, LossHessian] | str = piece
+        self._unrecordable = unrecordable
         self._asked = False
         if route == "dual" and self.space() is None:
             raise ValueError(
@@ -101,7 +107,7 @@ class Routes:
     def _look(self, jacobian: Jacobian, middle: LossHessian) -> None:
         try:
             if not isinstance(jacobian, Recording):
-                raise MixesExamples("the model could not be recorded, and goes by autograd")
+                raise MixesExamples(f"the model could not be recorded, and goes by autograd ({self._unrecordable})")
             if jacobian.tape.opaque:
                 raise MixesExamples(f"there is no rule for {', '.join(jacobian.tape.opaque)}")
             examples = find_examples(jacobian.tape)

@@ -72,6 +72,11 @@ class Setup:
             self._race(batch, number)
         return expected.grads
 
+    def stay_eager(self, reason: str) -> None:
+        """Sets nothing up, for that reason."""
+        self.reason = self.notice = reason
+        self._unchecked = 0
+
     def settle(self) -> None:
         """Reports on all solves that are not yet reported."""
         if self._route is not None:

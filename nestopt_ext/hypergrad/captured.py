@@ -55,7 +55,8 @@ class CapturedHypergradient:
     after such a change. Params, hparams and other tensors that the losses read may be written in place from step to
     step (an optimizer step is that). A step is set up anew when the data have other shapes, strides, dtypes, devices or
     constants, when a param or hparam has moved to other memory, and under other autocast or precision settings. The
-    last ``max_captures`` set-ups are kept, the one unused for longest is dropped. The first two steps of each are
+    last ``max_captures`` set-ups are kept, the one unused for longest is dropped; with "auto", data of a kind that was
+    dropped go by "eager" when they come back. The first two steps of each are
     held against :func:`hypergradient`; where they differ by more than rounding, the mode is given up for that reason.
 
     Random numbers are those of ``hypergradient``: each loss draws from where the global generators, and those handed to
@@ -119,6 +120,8 @@ class CapturedHypergradient:
         self._most = max_captures
         self._reports = Reports(_CALLER)
         self._setups: OrderedDict[Hashable, Setup] = OrderedDict()
+        self._dropped: set[Hashable] = set()
+        self._overflow: Setup | None = None
         self._lock = threading.Lock()
         self._noticed = False
         self._latest: Setup | None = None
@@ -171,19 +174,30 @@ class CapturedHypergradient:
         with self._lock:
             while self._setups:
                 self._drop_oldest()
+            self._dropped.clear()
 
     def _setup(self, batch: Batch) -> Setup:
         """The set-up for such data, the latest used last; one that is new is there before it is sure to succeed."""
         variables = self._task.variables
         own = tuple((place(t), t.requires_grad) for t in (*variables.params, *variables.hparams))
         key = batch.kind(), own, numbers_of(self._task.solver), surroundings()
+        if key in self._dropped and self._asked == "auto":
+            # Setting up again what was dropped, and will be dropped again, costs more than it saves.
+            if self._overflow is None:
+                self._overflow = Setup(_CALLER, self._task, self._reports, self._asked)
+                self._overflow.stay_eager(
+                    f"data came in more than max_captures = {self._most} kinds of shapes. Raise max_captures, pad, or drop"
+                    " the last batch"
+                )
+            return self._overflow
         if key not in self._setups:
             while len(self._setups) >= self._most:
-                self._drop_oldest()
+                self._dropped.add(self._drop_oldest())
             self._setups[key] = Setup(_CALLER, self._task, self._reports, self._asked)
         self._setups.move_to_end(key)
         return self._setups[key]
 
-    def _drop_oldest(self) -> None:
-        _, setup = self._setups.popitem(last=False)
+    def _drop_oldest(self) -> Hashable:
+        key, setup = self._setups.popitem(last=False)
         setup.settle()
+        return key
