@@ -120,3 +120,14 @@ def test_a_nan_is_not_hidden():
     v[0][0, 0] = float("nan")
     solution = solve(op, v, Neumann(num_terms=3, alpha=0.1))
     assert solution.status.name == "non_finite"
+
+
+def test_what_is_made_of_an_operator_has_its_plan():
+    model, x, y = problem()
+    params = list(model.parameters())
+    fisher = EmpiricalFisher(model, nn.CrossEntropyLoss(), x, y, params, route="dual")
+    diagonal = Diagonal([torch.ones_like(p) for p in params], params)
+    for same in (fisher, fisher.damped(0.1), 2 * fisher, fisher.on(params[::-1], fisher.structure)):
+        assert same.plan(50).route == "dual" and same.plan(50).rows == 9
+    assert (fisher + diagonal).plan(50).reason == "a diagonal does not commute with it"
+    assert (fisher + fisher).plan(50).route == (-1 * fisher).plan(50).route == diagonal.plan(50).route == "loop"

@@ -14,6 +14,7 @@ from .. import _lists
 from .._low_rank import LowRank, RowBlock, ZeroRows, stacked_low_rank
 from .._operator import LinearOperator
 from .._types import SameTensors, TensorList, Tensors
+from ._plan import Plan
 
 #: Elements of the unit vectors that are multiplied at once when a matrix is written out.
 _DENSE_ELEMENTS = 2**24
@@ -78,6 +79,10 @@ class CurvatureOperator(LinearOperator, ABC):
                 f" got {len(params)}, not all of them the same tensors."
             )
         return _Rearranged(self, params, structure)
+
+    def plan(self, num_terms: int) -> Plan:
+        """How a Neumann series of ``num_terms`` products would be summed; see :class:`Plan`."""
+        return Plan("loop", "the operator has products alone", num_terms)
 
     def dense(self) -> Tensor:
         """The matrix, of shape [P, P] with P the number of elements of the params in order; costs P products."""
@@ -194,6 +199,12 @@ class _Sum(CurvatureOperator):
                 return one.flat_loop(v, num_terms, alpha, damping, entries)
         return None
 
+    def plan(self, num_terms: int) -> Plan:
+        """By products, of both sides."""
+        commute = self._left.flat_diagonal() is None and self._right.flat_diagonal() is None
+        reason = "a sum of two operators goes by their products" if commute else "a diagonal does not commute with it"
+        return Plan("loop", reason, num_terms)
+
 
 class _Scaled(CurvatureOperator):
     """An operator times a number."""
@@ -249,6 +260,12 @@ class _Scaled(CurvatureOperator):
         found = self._operator.flat_loop(v, num_terms, alpha * self._scalar, damping / self._scalar, diagonal)
         return None if found is None else ([t / self._scalar for t in found[0]], found[1])
 
+    def plan(self, num_terms: int) -> Plan:
+        """As the operator itself."""
+        if self._scalar <= 0:
+            return Plan("loop", "its scale is not positive", num_terms)
+        return self._operator.plan(num_terms)
+
 
 class _Damped(CurvatureOperator):
     """An operator plus a number times the identity."""
@@ -300,6 +317,10 @@ class _Damped(CurvatureOperator):
         self, v: TensorList, num_terms: int, alpha: Tensor, damping: float, diagonal: TensorList | None = None
     ) -> tuple[TensorList, Tensor] | None:
         return self._operator.flat_loop(v, num_terms, alpha, damping + self._damping, diagonal)
+
+    def plan(self, num_terms: int) -> Plan:
+        """As the operator itself."""
+        return self._operator.plan(num_terms)
 
 
 class _Rearranged(CurvatureOperator):
@@ -358,6 +379,10 @@ class _Rearranged(CurvatureOperator):
         inside = None if diagonal is None else self._in(diagonal)
         found = self._operator.flat_loop(self._in(v), num_terms, alpha, damping, inside)
         return None if found is None else (self._out(found[0]), found[1])
+
+    def plan(self, num_terms: int) -> Plan:
+        """As the operator itself."""
+        return self._operator.plan(num_terms)
 
 
 def _added(left: TensorList, right: TensorList) -> TensorList:

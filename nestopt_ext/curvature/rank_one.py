@@ -14,6 +14,7 @@ from .._types import Loss, TensorList, Tensors
 from ._evaluation import evaluate
 from ._gradient import check_params, named_faults
 from ._operator import CurvatureOperator
+from ._plan import Plan
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -135,6 +136,10 @@ class RankOne(CurvatureOperator):
         parallel = torch.minimum(parallel, norm)
         sq_norms = (norm - parallel) * q_powers.square() + parallel * r_powers.square()
         return [t[0] for t in total], sq_norms
+
+    def plan(self, num_terms: int) -> Plan:
+        """In closed form."""
+        return Plan("dual", "its sums are known in closed form", num_terms, rows=1)
 
     def largest_eigenvalue(self) -> Tensor:
         """G'g."""

@@ -186,8 +186,8 @@ class CapturedHypergradient:
             if self._overflow is None:
                 self._overflow = Setup(_CALLER, self._task, self._reports, self._asked)
                 self._overflow.stay_eager(
-                    f"data came in more than max_captures = {self._most} kinds of shapes. Raise max_captures, pad, or drop"
-                    " the last batch"
+                    f"data came in more than max_captures = {self._most} kinds of shapes. Raise max_captures, pad, or"
+                    " drop the last batch"
                 )
             return self._overflow
         if key not in self._setups:
