@@ -57,7 +57,7 @@ class GaussNewton(ModelCurvature):
     as long as the operator.
 
     Raises TypeError or ValueError for bad arguments, and RuntimeError, with the way out, where PyTorch has no second
-    derivative (fused attention, cuDNN RNN, a function marked once_differentiable). ``route="dual"`` raises ValueError,
+    derivative (cuDNN RNN, a function marked once_differentiable). ``route="dual"`` raises ValueError,
     with the reason, for a model or criterion whose examples cannot be told apart.
 
     Source: Schraudolph, Fast curvature matrix-vector products for second-order gradient descent (2002). What has no
