@@ -28,7 +28,8 @@ def main(source: str, target: str, family: str = "hypergradient") -> None:
     panels = _panels(results, family)
     if not panels:
         raise SystemExit(f"bench.plot: {source} must hold figures of {family}/*; got none.")
-    ours = {row["name"] for result in results for row in result["rows"] if row["role"] == OURS}
+    family_results = [result for result in results if result["case"].startswith(f"{family}/")]
+    ours = {row["name"] for result in family_results for row in result["rows"] if row["role"] == OURS}
     columns = 2 if len(panels) == 4 else min(_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
