@@ -5,6 +5,7 @@ from helpers import all_same_bits
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+import nestopt_ext as nx
 from nestopt_ext.curvature import Hessian, RankOne
 from nestopt_ext.hypergrad import estimate_cost, hypergradient
 from nestopt_ext.solvers import ConjugateGradient, Exact, FixedPoint, Identity, Neumann, Nystrom, Woodbury, solve
@@ -35,7 +36,9 @@ def test_a_known_largest_eigenvalue_costs_no_products():
     curvature = RankOne(problem.closures()[1], problem.params)
     arguments = (*problem.closures(), problem.params, problem.hparams)
     assert curvature.largest_eigenvalue() is not None
-    assert estimate_cost(*arguments, solver=Neumann(7), curvature=curvature).num_products == 7
+    by_products = Neumann(7, preconditioner=lambda v: v)
+    assert estimate_cost(*arguments, solver=by_products, curvature=curvature).num_products == 7
+    assert estimate_cost(*arguments, solver=Neumann(7), curvature=curvature).num_products == 0, "a closed form"
     assert estimate_cost(*arguments, solver=Woodbury(0.1), curvature=curvature).num_products == 0
 
 
@@ -148,3 +151,27 @@ OUTER, INNER = P.closures()
 def test_bad_arguments_are_refused_by_name(arguments, options, message):
     with pytest.raises(TypeError, match="^estimate_cost: " + message):
         estimate_cost(*arguments, P.params, P.hparams, **options)
+
+
+def test_a_series_in_the_span_of_the_examples_takes_no_products():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    params = list(model.parameters())
+    h = torch.tensor(1.0, requires_grad=True)
+    x, y = torch.randn(6, 4), torch.arange(6) % 3
+    criterion = torch.nn.CrossEntropyLoss()
+
+    def products(route, **options):
+        curvature = nx.EmpiricalFisher(model, criterion, x, y, params, route=route)
+        cost = nx.estimate_cost(
+            lambda: criterion(model(x), y),
+            lambda: criterion(model(x), y) * h,
+            params,
+            h,
+            solver=nx.Neumann(50, alpha=0.1, **options),
+            curvature=curvature,
+        )
+        return cost.num_products
+
+    assert products("loop") == 50
+    assert products("dual") == 0
+    assert products("dual", preconditioner=lambda v: v) == 50

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .. import _lists, _reference
 from .._operator import LinearOperator
 from .._types import Loss, MatVec, TensorList, Tensors
+from ..curvature import CurvatureOperator
 from ..curvature._evaluation import evaluate, preserved_rng
 from ..curvature._gradient import Gradient
 from ..solvers import ConjugateGradient, Exact, FixedPoint, Identity, Neumann, Nystrom, Solver, Woodbury
@@ -143,7 +144,8 @@ def estimate_cost(
     for K products: those of the two losses, the second one with a graph, two for a product, and two for the mixed one.
 
     ``solver`` and ``curvature`` are as in :func:`hypergradient`; of a curvature of one's own a product counts as one,
-    whatever it does, and its own memory does not. An operator that knows its sum or inverse in closed form takes fewer.
+    whatever it does, and its own memory does not. A series that an operator sums
+    in the span of its examples takes none; what it takes instead its ``plan()`` says.
 
     Returns a :class:`Cost`; ``print`` it to read it. For a solver that is not one of this package, products, vectors
     and what follows from them are None. Nothing is modified, as with :func:`hypergradient`. Raises TypeError or
@@ -211,7 +213,13 @@ def _cost(solver: Solver, curvature: MatVec | None, variables: Variables, *, gra
 def _work(solver: Solver, size: int, curvature: MatVec | None) -> _Work | None:
     count = _WORK.get(type(solver))
     known = isinstance(curvature, LinearOperator) and curvature.largest_eigenvalue() is not None
-    return None if count is None else count(solver, size, known)
+    work = None if count is None else count(solver, size, known)
+    if work is not None and isinstance(solver, Neumann) and isinstance(curvature, CurvatureOperator):
+        plan = curvature.plan(solver.num_terms)
+        if plan.route == "dual" and solver.preconditioner is None:
+            # The right-hand side, the sum, and a multiple of the former.
+            return _Work(work.products - solver.num_terms, 3, plan.dual_memory or 0)
+    return work
 
 
 @contextmanager
