@@ -373,7 +373,7 @@ class Recorder(TorchFunctionMode):
             return self._written(func, args, kwargs)
         if in_place:
             func = OUT_OF_PLACE[func]
-        made = self._recorded(func, args, kwargs, active)
+        made = self._recorded(func, args, kwargs)
         if made is NotImplemented:
             if in_place or _writes(name, kwargs):
                 raise Unrecordable(f"{name} writes in place")
@@ -386,7 +386,7 @@ class Recorder(TorchFunctionMode):
             return tuple(self._hand_out(node, value) for node, value in made)
         return self._hand_out(*made)
 
-    def _recorded(self, func: Any, args: Any, kwargs: Any, active: bool) -> Any:
+    def _recorded(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What the rule of ``func`` makes of the operands."""
         record = RULES.get(func)
         if record is None:
