@@ -15,12 +15,11 @@ from .._low_rank import LowRank, explicit
 from .._types import TensorList
 from ._criteria import Criterion, Targets, recognize, reduction_of
 from ._evaluation import Evaluation, Replay
-from ._linearization import Linearization
 from ._loop import neumann_sum
 from ._model import Model, Params, batch_size, part_of
 from ._operator import CurvatureOperator
 from ._plan import Plan, Route
-from ._recording import Jacobian, notice, recorded
+from ._recording import Jacobian, by_autograd, notice, recorded
 from ._routes import Routes, check_route
 from ._vjp import joined
 from .loss_hessian import LossHessian, as_targets, check_criterion
@@ -126,12 +125,8 @@ class ModelCurvature(CurvatureOperator):
 
     def _jacobian(self, call: Call, inputs: Any) -> tuple[Tensor, Jacobian]:
         """The model's outputs, without graph, and their Jacobian."""
-        caller = type(self).__name__
-        if self._unrecordable is None:
-            return recorded(caller, self._model, inputs, self._params, call)
-        evaluation = call(lambda: self._model.outputs(inputs))
-        outputs: Tensor = evaluation.value
-        return outputs.detach(), Linearization(caller, "model", outputs, self._params, evaluation)
+        make = recorded if self._unrecordable is None else by_autograd
+        return make(type(self).__name__, self._model, inputs, self._params, call)
 
     def _piece(self, call: Call, inputs: Any, targets: Targets, examples: int | None) -> Piece:
         outputs, jacobian = self._jacobian(call, inputs)

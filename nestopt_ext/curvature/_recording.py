@@ -176,6 +176,15 @@ def recorded(
     return tape.outputs, Recording(caller, tape, params, data, evaluation)
 
 
+def by_autograd(
+    caller: str, model: Model, inputs: Any, params: TensorList, call: Callable[[Callable[[], Any]], Evaluation]
+) -> tuple[Tensor, Linearization]:
+    """The same without a recording: the graph of the model is kept."""
+    evaluation = call(lambda: model.outputs(inputs))
+    outputs: Tensor = evaluation.value
+    return outputs.detach(), Linearization(caller, "model", outputs, params, evaluation)
+
+
 def notice(caller: str, jacobian: Jacobian) -> None:
     """Says once of each function in a recording that it has no rule."""
     functions = jacobian.tape.opaque if isinstance(jacobian, Recording) else ()

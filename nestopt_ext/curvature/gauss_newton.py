@@ -17,7 +17,7 @@ from ._linearization import Linearization
 from ._model import Params
 from ._model_curvature import Call, ModelCurvature
 from ._plan import Route
-from .loss_hessian import LossHessian, ScaledLossHessian, gradient_in_outputs, hessian_product, make_loss_hessian
+from .loss_hessian import LossHessian, gradient_in_outputs, hessian_product, make_loss_hessian
 
 
 class GaussNewton(ModelCurvature):
@@ -95,7 +95,7 @@ class GaussNewton(ModelCurvature):
     def _middle(self, call: Call, outputs: Tensor, targets: Targets, share: float) -> LossHessian:
         hessian = make_loss_hessian("GaussNewton", self._criterion, outputs, targets, self._total)
         known = hessian.name != "double_backward"  # and then divided by what the whole batch is divided by
-        return hessian if known or share == 1.0 else ScaledLossHessian(hessian, share)
+        return hessian if known or share == 1.0 else hessian.scaled(share)
 
 
 def ggnvp(loss: Tensor | LossHessian, outputs: Tensor, params: SameTensors, v: Tensors) -> SameTensors:

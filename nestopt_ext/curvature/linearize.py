@@ -12,9 +12,8 @@ from .. import _lists
 from .._types import TensorList, Tensors
 from ._batch_statistics import FrozenBatchStatistics
 from ._evaluation import Replay
-from ._linearization import Linearization
 from ._model import Model, Params
-from ._recording import Jacobian, Recording, notice, recorded
+from ._recording import Jacobian, Recording, by_autograd, notice, recorded
 
 
 class Linearized:
@@ -127,7 +126,4 @@ def linearize(
         notice(caller, jacobian)
         return Linearized(outputs, jacobian, flat, structure, None)
     with replay.run() as call:
-        evaluation = call(lambda: wrapped.outputs(inputs))
-    value: Tensor = evaluation.value
-    whole = Linearization(caller, "model", value, flat, evaluation)
-    return Linearized(value.detach(), whole, flat, structure, reason)
+        return Linearized(*by_autograd(caller, wrapped, inputs, flat, call), flat, structure, reason)
