@@ -10,15 +10,12 @@
 #include "cpu/dual_series.h"
 #include "ops/autograd.h"
 #include "ops/checks.h"
+#include "ops/rows.h"
 #if defined(NESTOPT_WITH_CUDA)
 #include <ATen/ops/empty.h>
 
 #include "cuda/dual_series.h"
 #include "ops/cuda.h"
-#endif
-
-#ifndef _OPENMP
-#error "compile with -fopenmp: without it at::parallel_for runs on one thread and says nothing"
 #endif
 
 namespace nestopt::ops {
@@ -47,9 +44,6 @@ void check(const Arguments& a, ListCheck& checks) {
   checks.memory();
   if (a.alpha->is_cpu()) checks.finite("alpha", cpu_value(*a.alpha));
 }
-
-// The elements of a row next to each other, for the kernels; a copy where they are not.
-at::Tensor with_dense_rows(const at::Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1 ? t : t.contiguous(); }
 
 // Calls visit(G{}, V{}) with the types of the gram and of the vectors.
 template <class Visit>

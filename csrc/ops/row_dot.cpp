@@ -10,15 +10,12 @@
 #include "cpu/row_dot.h"
 #include "ops/autograd.h"
 #include "ops/checks.h"
+#include "ops/rows.h"
 #if defined(NESTOPT_WITH_CUDA)
 #include <ATen/ops/empty.h>
 
 #include "cuda/row_dot.h"
 #include "ops/cuda.h"
-#endif
-
-#ifndef _OPENMP
-#error "compile with -fopenmp: without it at::parallel_for runs on one thread and says nothing"
 #endif
 
 namespace nestopt::ops {
@@ -45,9 +42,6 @@ void check(const Arguments& a, ListCheck& checks) {
                "have a number of rows that divides those of x, ", rows);
   checks.memory();
 }
-
-// The elements of a row next to each other, for the kernels; a copy where they are not.
-at::Tensor with_dense_rows(const at::Tensor& t) { return t.size(1) == 1 || t.stride(1) == 1 ? t : t.contiguous(); }
 
 // Calls visit(X{}) with the type of x and y.
 template <class Visit>

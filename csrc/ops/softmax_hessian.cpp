@@ -10,13 +10,10 @@
 #include "cpu/softmax_hessian.h"
 #include "ops/autograd.h"
 #include "ops/checks.h"
+#include "ops/rows.h"
 #if defined(NESTOPT_WITH_CUDA)
 #include "cuda/softmax_hessian.h"
 #include "ops/cuda.h"
-#endif
-
-#ifndef _OPENMP
-#error "compile with -fopenmp: without it at::parallel_for runs on one thread and says nothing"
 #endif
 
 namespace nestopt::ops {
@@ -35,9 +32,6 @@ void check(const Arguments& a, ListCheck& checks) {
   checks.row_numbers("row_weight", *a.row_weight);
   checks.memory();
 }
-
-// The elements of a row next to each other, for the kernels; a copy where they are not.
-at::Tensor with_dense_rows(const at::Tensor& t) { return t.size(1) == 1 || t.stride(1) == 1 ? t : t.contiguous(); }
 
 // Calls visit(V{}, A{}) with the types of u and logits.
 template <class Visit>
