@@ -7,6 +7,7 @@ Inverses       neumann_ihvp, cg_ihvp, solve; Neumann, ConjugateGradient, Identit
                Solution, Status
 Hypergradients hypergradient, CapturedHypergradient, best_response, FixedPointMap; unrolled, gradient_step; hoag,
                BilevelLoop; check_hypergradient, estimate_cost
+Response       response (hypernetworks, Self-Tuning Networks, Delta-STN)
 Games          games
 This build     native_status, build_info
 """
@@ -17,40 +18,51 @@ from typing import TYPE_CHECKING, Any
 from . import _ops as _ops
 from ._library import build_info, native_status
 from ._version import __version__
-from .curvature import (
-    KFAC,
-    Diagonal,
-    EmpiricalFisher,
-    GaussNewton,
-    Hessian,
-    OverBatches,
-    RankOne,
-    all_reduced,
-    ggnvp,
-    hvp,
-    linearize,
-    loss_hessian,
-)
-from .hypergrad import FixedPointMap, best_response, gradient_step, hoag, hypergradient, unrolled
-from .optim import ComplexAdam, ComplexSGD, ExtraAdam, ExtraSGD, OptimisticAdam, OptimisticSGD, effective_lr
-from .solvers import (
-    ConjugateGradient,
-    Exact,
-    FixedPoint,
-    Identity,
-    Neumann,
-    Nystrom,
-    Solution,
-    Status,
-    Woodbury,
-    cg_ihvp,
-    neumann_ihvp,
-    solve,
-)
 
 if TYPE_CHECKING:
     from . import games as games
-    from .hypergrad import BilevelLoop, CapturedHypergradient, check_hypergradient, estimate_cost
+    from . import response as response
+    from .curvature import (
+        KFAC,
+        Diagonal,
+        EmpiricalFisher,
+        GaussNewton,
+        Hessian,
+        OverBatches,
+        RankOne,
+        all_reduced,
+        ggnvp,
+        hvp,
+        linearize,
+        loss_hessian,
+    )
+    from .hypergrad import (
+        BilevelLoop,
+        CapturedHypergradient,
+        FixedPointMap,
+        best_response,
+        check_hypergradient,
+        estimate_cost,
+        gradient_step,
+        hoag,
+        hypergradient,
+        unrolled,
+    )
+    from .optim import ComplexAdam, ComplexSGD, ExtraAdam, ExtraSGD, OptimisticAdam, OptimisticSGD, effective_lr
+    from .solvers import (
+        ConjugateGradient,
+        Exact,
+        FixedPoint,
+        Identity,
+        Neumann,
+        Nystrom,
+        Solution,
+        Status,
+        Woodbury,
+        cg_ihvp,
+        neumann_ihvp,
+        solve,
+    )
 
 __all__ = [
     "KFAC",
@@ -96,17 +108,25 @@ __all__ = [
     "loss_hessian",
     "native_status",
     "neumann_ihvp",
+    "response",
     "solve",
     "unrolled",
 ]
 
+#: The rooms, in the order in which a name is looked for in them.
+_ROOMS = ("optim", "solvers", "curvature", "hypergrad", "games", "response")
+
 
 def __getattr__(name: str) -> Any:
-    # Imported when asked for, which keeps the import of the rest short.
-    if name == "games":
-        return importlib.import_module(f"{__name__}.games")
-    if name in ("BilevelLoop", "CapturedHypergradient", "check_hypergradient", "estimate_cost"):
-        return getattr(importlib.import_module(f"{__name__}.hypergrad"), name)
+    # Each room is imported when it is first asked for: the import of the package costs what its caller uses.
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in __all__:
+        for room in _ROOMS:
+            module = importlib.import_module(f"{__name__}.{room}")
+            if name in module.__all__:
+                globals()[name] = found = getattr(module, name)
+                return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -136,25 +136,22 @@ def test_a_library_for_another_torch_names_both(copy_of_package):
 
 IMPORT = """
 import json, sys, time, torch
-known, start = set(sys.modules), time.perf_counter()
+known, start = set(sys.modules), time.process_time()
 import nestopt_ext
-facts = [time.perf_counter() - start, sorted(set(sys.modules) - known), torch.cuda.is_initialized()]
+facts = [time.process_time() - start, sorted(set(sys.modules) - known), torch.cuda.is_initialized()]
 open({path!r}, "w").write(json.dumps(facts))
 """
 
 
 @pytest.mark.parametrize("disable_native", ["0", "1"], ids=["native", "reference"])
 def test_import_is_quiet_and_quick(disable_native, tmp_path):
-    """Nothing on stdout and stderr, no CUDA, no optional package; under 0.3 s over torch, in one of three runs."""
-    for _ in range(3):
-        done = run_python(IMPORT.format(path=str(tmp_path / "facts")), NESTOPT_DISABLE_NATIVE=disable_native)
-        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-        seconds, modules, cuda = json.loads((tmp_path / "facts").read_text())
-        assert not {"matplotlib", "optuna", "sklearn", "tqdm", "PIL", "rich", "pandas", "torch._dynamo"} & set(modules)
-        assert not cuda
-        if seconds < 0.3:
-            break
-    assert seconds < 0.3
+    """Nothing on stdout and stderr, no CUDA, no optional package; under 0.15 s of the processor over torch."""
+    done = run_python(IMPORT.format(path=str(tmp_path / "facts")), NESTOPT_DISABLE_NATIVE=disable_native)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    seconds, modules, cuda = json.loads((tmp_path / "facts").read_text())
+    assert not {"matplotlib", "optuna", "sklearn", "tqdm", "PIL", "rich", "pandas", "torch._dynamo"} & set(modules)
+    assert not cuda
+    assert seconds < 0.15
 
 
 def test_importing_leaves_the_process_as_it_was(tmp_path):
