@@ -143,3 +143,36 @@ class _SoftmaxHessian(torch.autograd.Function):
             for t, dim in zip(tensors, in_dims, strict=True)
         ]
         return _SoftmaxHessian.apply(*batched), 0  # type: ignore[no-untyped-call]
+
+
+def stn_gate(
+    plain: Tensor,
+    response: Tensor | None,
+    gates: Tensor,
+    bias: Tensor | None = None,
+    response_bias: Tensor | None = None,
+    *,
+    batch_dim: int = 0,
+    channel_dim: int = -1,
+) -> Tensor:
+    r"""plain + bias + gates_w * response + gates_b * response_bias, gates of its own for each example."""
+    if response is None:
+        plain, response = plain.chunk(2, channel_dim)
+    channels = response.shape[channel_dim]
+    shape = [1] * response.dim()
+    shape[channel_dim] = channels
+
+    def over_channels(t: Tensor) -> Tensor:
+        return t.reshape(shape)
+
+    def over_examples(t: Tensor) -> Tensor:
+        per_example = list(shape)
+        per_example[batch_dim] = len(t)
+        return t.reshape(per_example)
+
+    out = plain + over_examples(gates[:, :channels]) * response
+    if bias is not None:
+        out = out + over_channels(bias)
+    if response_bias is not None:
+        out = out + over_examples(gates[:, channels:] * response_bias)
+    return out

@@ -40,16 +40,21 @@ ROOMS = {
     "curvature": FOUNDATION,
     "solvers": FOUNDATION,  # never curvature: a solver sees only a matvec
     "hypergrad": FOUNDATION | {"solvers", "curvature", *LOOPS},
+    "response": FOUNDATION | {"hypergrad", "optim", "curvature", *LOOPS},
     "games": FOUNDATION | {"hypergrad", "optim", "curvature", "_progress"},
     "_progress": set(),
     "_checkpoint": set(),
     "_json_log": set(),
-    "experiments": FOUNDATION | {"optim", "curvature", "solvers", "hypergrad", "games", "_library", *LOOPS},
+    "experiments": FOUNDATION | {"optim", "curvature", "solvers", "hypergrad", "games", "response", "_library", *LOOPS},
     "__main__": {"experiments"},
-    "__init__": FOUNDATION | {"_library", "optim", "curvature", "solvers", "hypergrad", "games"},
+    "__init__": FOUNDATION | {"_library", "optim", "curvature", "solvers", "hypergrad", "games", "response"},
 }
 REQUIRED = {"torch", "numpy"}
-EXTRAS = {"_progress": {"tqdm"}, "experiments": {"matplotlib", "optuna", "rich", "sklearn", "tqdm", "PIL"}}
+EXTRAS = {
+    "_progress": {"tqdm"},
+    "response": {"matplotlib"},
+    "experiments": {"matplotlib", "optuna", "rich", "sklearn", "tqdm", "PIL"},
+}
 
 CPP = {
     "math": {"math"},

@@ -1,0 +1,8 @@
+"""Response models: networks whose weights are functions of hyperparameters."""
+
+from ._sample import Sample, current_sample
+from .hyper_parameters import HyperParameters
+from .linear import DeltaStnLinear, StnLinear
+from .model import StnModel
+
+__all__ = ["DeltaStnLinear", "HyperParameters", "Sample", "StnLinear", "StnModel", "current_sample"]
