@@ -155,7 +155,7 @@ def stn_gate(
     batch_dim: int = 0,
     channel_dim: int = -1,
 ) -> Tensor:
-    r"""plain + bias + gates_w * response + gates_b * response_bias, gates of its own for each example."""
+    r"""Sums plain + bias + gates_w * response + gates_b * response_bias, gates of its own for each example."""
     if response is None:
         plain, response = plain.chunk(2, channel_dim)
     channels = response.shape[channel_dim]
