@@ -337,7 +337,7 @@ def test_points_of_another_kind_are_refused(points, error, message):
 def test_only_a_centred_model_is_linearized():
     model = network(centred=False)
     with (
-        pytest.raises(ValueError, match="linearized must be False.*to_delta_stn"),
+        pytest.raises(ValueError, match=r"linearized must be False.*to_delta_stn"),
         model.at(model.hparams.unconstrained, linearized=True),
     ):
         pass

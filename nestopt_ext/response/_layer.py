@@ -69,7 +69,7 @@ def gates_of(gate_input: Tensor, gate_weight: Tensor) -> Tensor:
 
 def split(x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Primal and tangent of an activation; the tangent is None where it is zero."""
-    primal, tangent = forward_ad.unpack_dual(x)
+    primal, tangent = forward_ad.unpack_dual(x)  # type: ignore[no-untyped-call]
     return primal, tangent
 
 
@@ -80,5 +80,5 @@ def join(primal: Tensor, tangent: Tensor) -> Tensor:
             "StnLayer: a linearized sample must be answered by the StnModel; got a call of a part of it."
             " Call the model itself inside `with model.at(h, linearized=True)`."
         )
-    dual: Tensor = forward_ad.make_dual(primal, tangent)
+    dual: Tensor = forward_ad.make_dual(primal, tangent)  # type: ignore[no-untyped-call]
     return dual
