@@ -7,6 +7,7 @@ from .delta_stn_trainer import DeltaStnTrainer
 from .hyper_parameters import HyperParameters
 from .linear import DeltaStnLinear, StnLinear
 from .model import StnModel
+from .plots import plot_history
 from .stn_trainer import StnTrainer
 from .trainer import EpochRecord, ResponseTrainer, accuracy
 
@@ -24,4 +25,5 @@ __all__ = [
     "TrainerDiverged",
     "accuracy",
     "current_sample",
+    "plot_history",
 ]

@@ -30,6 +30,15 @@ def check_model(caller: str, model: Any, centred: bool) -> None:
         raise ValueError(f"{caller}: model must have response layers; got none. Make it by to_stn or to_delta_stn.")
 
 
+def check_metrics(caller: str, metrics: Any) -> None:
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"{caller}: metrics must be a dict of functions; got {_lists.value_name(metrics)}.")
+    if "loss" in metrics:
+        raise ValueError(f"{caller}: metrics must have names besides 'loss'; got 'loss'. That is valid_criterion's.")
+    for name, metric in metrics.items():
+        arguments.check_callable(caller, f"metrics[{name!r}]", metric)
+
+
 def check_regularizers(caller: str, regularizers: Any) -> list[Callable[..., Tensor]]:
     if callable(regularizers):
         regularizers = [regularizers]

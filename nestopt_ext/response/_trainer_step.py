@@ -27,10 +27,12 @@ def descend(
 ) -> float:
     """Steps ``optimizers`` along the gradient of ``loss`` in ``params`` and nothing else; returns the loss.
 
-    No ``.grad`` is left, neither here nor elsewhere. Raises TrainerDiverged before the step that would use a value
-    which is not finite, and ValueError where the loss does not depend on ``params``.
+    Of ``params`` those move that require grad now. No ``.grad`` is left, neither here nor elsewhere. Raises
+    TrainerDiverged before the step that would use a value which is not finite, and ValueError where the loss does not
+    depend on ``params``.
     """
-    grads = torch.autograd.grad(loss, params, allow_unused=True) if loss.requires_grad else [None] * len(params)
+    params = [p for p in params if p.requires_grad]
+    grads = torch.autograd.grad(loss, params, allow_unused=True) if params and loss.requires_grad else ()
     given = [g for g in grads if g is not None]
     if not given:
         raise ValueError(f"{caller}: {name} must depend on what it trains; got a graph that none of it is in.")

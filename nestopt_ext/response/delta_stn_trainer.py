@@ -48,6 +48,18 @@ class DeltaStnTrainer(ResponseTrainer):
     Source: Bae, Grosse, Delta-STN: Efficient bilevel optimization for neural networks using structured response
     Jacobians (NeurIPS 2020), algorithm 1, and the authors' code for schedule and defaults. There the tangent is taken by
     two backward passes; here it goes along in the forward pass.
+
+    >>> from nestopt_ext.response import DeltaStnLinear, HyperParameters
+    >>> layer = DeltaStnLinear(1, 1, bias=False, num_hparams=1)
+    >>> _ = torch.nn.init.ones_(layer.weight)
+    >>> model = StnModel(layer, HyperParameters().add("a", 0.0), centred=True)
+    >>> batch = torch.ones(4, 1), torch.full((4, 1), 3.0)
+    >>> trainer = DeltaStnTrainer(model, torch.nn.functional.mse_loss, [batch], [batch],
+    ...                           optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+    >>> {name: round(loss, 4) for name, loss in trainer.train_step(batch).items()}      # (w - 3)^2 before either step
+    {'train_loss': 4.0, 'response_loss': 2.56}
+    >>> round(layer.weight.item(), 4)                                                   # 1 - 0.1 * 2 (1 - 3)
+    1.4
     """  # noqa: E501
 
     _centred = True

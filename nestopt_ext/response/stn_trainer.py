@@ -60,6 +60,18 @@ class StnTrainer(ResponseTrainer):
 
     Source: MacKay, Vicol, Lorraine, Duvenaud, Grosse, Self-Tuning Networks (ICLR 2019), algorithm 1, and the authors'
     code for schedule and defaults. Here hyperparameters that cannot differ within a batch are those of its first row.
+
+    >>> from nestopt_ext.response import HyperParameters, StnLinear
+    >>> layer = StnLinear(1, 1, bias=False, num_hparams=1)
+    >>> _ = torch.nn.init.ones_(layer.weight), torch.nn.init.zeros_(layer.gate_weight)
+    >>> model = StnModel(layer, HyperParameters().add("a", 0.0), centred=False)
+    >>> batch = torch.ones(4, 1), torch.full((4, 1), 3.0)
+    >>> trainer = StnTrainer(model, torch.nn.functional.mse_loss, [batch], [batch],
+    ...                      optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+    >>> trainer.train_step(batch)                                   # (w - 3)^2, before the step
+    {'train_loss': 4.0}
+    >>> round(layer.weight.item(), 4)                               # 1 - 0.1 * 2 (1 - 3)
+    1.4
     """
 
     _centred = False

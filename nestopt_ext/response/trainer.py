@@ -23,6 +23,7 @@ from ._trainer_arguments import (
     check_batches,
     check_entropy_weight,
     check_evaluation,
+    check_metrics,
     check_model,
     check_regularizers,
     check_state,
@@ -115,7 +116,6 @@ class ResponseTrainer:
             ("forward", forward, True),
             ("scheduler", scheduler, True),
             ("hyper_scheduler", hyper_scheduler, True),
-            *((f"metrics[{name!r}]", metric, False) for name, metric in metrics.items()),
         ):
             arguments.check_callable(caller, name, function, optional=optional)
         for name, value, least in (
@@ -123,6 +123,7 @@ class ResponseTrainer:
         ):  # fmt: skip
             arguments.check_count(caller, name, value, least)
         arguments.check_clip(caller, "max_norm", max_norm)
+        check_metrics(caller, metrics)
         check_entropy_weight(caller, entropy_weight)
         self.model = model
         self._criterion, self._valid_criterion = criterion, valid_criterion or criterion
