@@ -69,11 +69,11 @@ def gates_of(gate_input: Tensor, gate_weight: Tensor) -> Tensor:
 
 def split(x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Primal and tangent of an activation; the tangent is None where it is zero."""
-    primal, tangent = forward_ad.unpack_dual(x)
+    primal, tangent = forward_ad.unpack_dual(x)  # type: ignore[no-untyped-call]
     return primal, tangent
 
 
 def join(primal: Tensor, tangent: Tensor) -> Tensor:
     """The activation that carries ``tangent`` along."""
-    dual: Tensor = forward_ad.make_dual(primal, tangent)
+    dual: Tensor = forward_ad.make_dual(primal, tangent)  # type: ignore[no-untyped-call]
     return dual

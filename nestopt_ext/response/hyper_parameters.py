@@ -38,7 +38,7 @@ class Entry:
 
     def natural(self, unconstrained: Tensor) -> Tensor:
         """From unconstrained [..., count] to natural units [..., *shape]."""
-        h = unconstrained.unflatten(-1, self.shape) if self.shape else unconstrained.squeeze(-1)
+        h = unconstrained.reshape((*unconstrained.shape[:-1], *self.shape))
         if self.transform == "identity":
             value = h
         elif self.transform == "softplus":
