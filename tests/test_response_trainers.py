@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import F64
-from helpers import all_same_bits
+from helpers import all_same_bits, same_bits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -501,9 +501,15 @@ def lines(folder):
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in text.splitlines()]
 
 
+def assert_same_state(state, other):
+    assert list(state) == list(other)
+    for name, value in state.items():
+        assert same_bits(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name], name
+
+
 def assert_same_run(whole, parts, folder=None, other=None):
-    assert all_same_bits(whole.model.state_dict().values(), parts.model.state_dict().values())
-    assert all_same_bits(whole.best_state.values(), parts.best_state.values())
+    assert_same_state(whole.model.state_dict(), parts.model.state_dict())
+    assert_same_state(whole.best_state, parts.best_state)
     untimed = [[{**vars(r), "seconds": 0} for r in t.history] for t in (whole, parts)]
     assert untimed[0] == untimed[1]
     assert whole.best.epoch == parts.best.epoch
@@ -635,7 +641,7 @@ def test_best_pt_is_the_state_of_the_model_at_its_lowest_validation_loss(tmp_pat
     model = run(True).model
     model.load_state_dict(torch.load(tmp_path / "best.pt", weights_only=True))
     trainer.load_best()
-    assert all_same_bits(model.state_dict().values(), trainer.model.state_dict().values())
+    assert_same_state(model.state_dict(), trainer.model.state_dict())
     assert trainer.evaluate(trainer._valid_batches) == pytest.approx(trainer.best.valid, rel=1e-6)
 
 

@@ -4,6 +4,7 @@ from ._fit import FitResult
 from ._sample import Sample, current_sample
 from ._trainer_step import TrainerDiverged
 from .delta_stn_trainer import DeltaStnTrainer
+from .dropout import StnChannelDropout, StnDropout, StnVariationalDropout
 from .hyper_parameters import HyperParameters
 from .linear import DeltaStnLinear, StnLinear
 from .model import StnModel
@@ -19,9 +20,12 @@ __all__ = [
     "HyperParameters",
     "ResponseTrainer",
     "Sample",
+    "StnChannelDropout",
+    "StnDropout",
     "StnLinear",
     "StnModel",
     "StnTrainer",
+    "StnVariationalDropout",
     "TrainerDiverged",
     "accuracy",
     "current_sample",

@@ -27,13 +27,11 @@ class FitResult:
 
     ``history`` has the records of all epochs, those before this call too, ``best`` the one with the lowest validation
     loss, None where no epoch is over. ``stopped`` says why it ended: ``"epochs"``, ``"patience"`` or ``"asked"``.
-    ``values`` are the hyperparameters at the end, in natural units.
     """
 
     history: list[EpochRecord]
     best: EpochRecord | None
     stopped: str
-    values: dict[str, Any]
 
 
 class Plan:
@@ -151,8 +149,7 @@ def run(trainer: ResponseTrainer, files: Files, plan: Plan, progress: bool) -> F
                     raise KeyboardInterrupt
         finally:
             bar.close()
-    values = {name: value.tolist() for name, value in trainer.model.hparams.values().items()}
-    return FitResult(trainer.history, trainer.best, stopped, values)
+    return FitResult(trainer.history, trainer.best, stopped)
 
 
 def _exhausted(trainer: ResponseTrainer, plan: Plan) -> str | None:

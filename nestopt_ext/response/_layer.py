@@ -30,7 +30,7 @@ class Response:
         """The parameter of the plain layer at one gate input, [n]."""
         shape = [1] * self.centre.dim()
         shape[self.dim] = -1
-        gates = F.linear(gate_input, self.gate_weight).reshape(shape)
+        gates = gates_of(gate_input, self.gate_weight).reshape(shape)
         return torch.addcmul(self.centre, gates, self.direction)
 
 
@@ -63,8 +63,8 @@ def gate_input_of(given: Tensor | None) -> tuple[Tensor | None, bool]:
 
 
 def gates_of(gate_input: Tensor, gate_weight: Tensor) -> Tensor:
-    """U h for each example: [M, n], [gates, n] -> [M, gates]."""
-    return F.linear(gate_input, gate_weight)
+    """U h for each example: [M, n], [gates, n] -> [M, gates], where the layer is and in its dtype."""
+    return F.linear(gate_input.to(gate_weight), gate_weight)
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -74,6 +74,11 @@ def split(x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def join(primal: Tensor, tangent: Tensor) -> Tensor:
-    """The activation that carries ``tangent`` along."""
+    """The activation that carries ``tangent`` along; raises RuntimeError outside of a StnModel's call."""
+    if forward_ad._current_level < 0:
+        raise RuntimeError(
+            "StnLayer: a linearized sample must be answered by the StnModel; got a call of a part of it."
+            " Call the model itself inside `with model.at(h, linearized=True)`."
+        )
     dual: Tensor = forward_ad.make_dual(primal, tangent)  # type: ignore[no-untyped-call]
     return dual

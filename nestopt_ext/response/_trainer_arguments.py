@@ -24,8 +24,6 @@ def check_model(caller: str, model: Any, centred: bool) -> None:
     if model.centred != centred:
         wanted, remedy = ("centred", "to_delta_stn") if centred else ("not centred", "to_stn")
         raise ValueError(f"{caller}: model must be {wanted}; got centred={model.centred}. Make it by {remedy}.")
-    if not len(model.hparams):
-        raise ValueError(f"{caller}: model must have hyperparameters; got none. Add some to its HyperParameters.")
     if not any(True for _ in model.response_parameters()):
         raise ValueError(f"{caller}: model must have response layers; got none. Make it by to_stn or to_delta_stn.")
 

@@ -71,23 +71,6 @@ def frozen(params: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Buffers hold afterwards what they held before, bit for bit: running statistics do not move."""
-    before = [
-        (owner, name, buffer, buffer.clone())
-        for owner in module.modules()
-        for name, buffer in owner.named_buffers(recurse=False)
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for owner, name, buffer, value in before:
-                setattr(owner, name, buffer)
-                buffer.copy_(value)
-
-
-@contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode, and afterwards for every module the mode it was in."""
     modes = [(m, m.training) for m in module.modules()]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ._trainer_step import buffers_kept, frozen
+from ._trainer_step import frozen
 from .model import StnModel
 from .trainer import Criterion, Forward, OptimizerFactory, Regularizer, ResponseTrainer, SchedulerFactory, detached
 
@@ -140,7 +140,7 @@ class DeltaStnTrainer(ResponseTrainer):
     def _response_step(self, batch: Any) -> float:
         general = self.model.general_parameters()
         sample = self.model.at(self._perturbed(batch), linearized=self._linearize)
-        with frozen(general), buffers_kept(self.model.module), sample:
+        with frozen(general), self.model.fixed_buffers(), sample:
             loss, _ = self._fitting_loss(batch, self._carry)
             return self._descend("the loss of the response", "response_optimizer", loss)
 

@@ -331,16 +331,15 @@ class ResponseTrainer:
         return record
 
     def _record(self) -> EpochRecord:
-        hparams = self.model.hparams
-        scale = hparams.scale().detach()
+        row = self.model.hparams.record(self.step_count)
         return EpochRecord(
             self.epoch,
             self.step_count,
             {name: total / count for name, (total, count) in self._sums.items()},
             self.evaluate(self._valid_batches),
             {} if self._test_batches is None else self.evaluate(self._test_batches),
-            {name: value.tolist() for name, value in hparams.values().items()},
-            {name: scale[entry.place].reshape(entry.shape).tolist() for name, entry in hparams.entries.items()},
+            row["values"],
+            row["scales"],
             self._seconds,
         )
 
