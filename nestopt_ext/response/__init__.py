@@ -1,13 +1,19 @@
 """Response models: networks whose weights are functions of hyperparameters."""
 
+from ._fit import FitResult
 from ._sample import Sample, current_sample
+from ._trainer_step import TrainerDiverged
 from .conv import DeltaStnConv1d, DeltaStnConv2d, DeltaStnConv3d, StnConv1d, StnConv2d, StnConv3d
+from .delta_stn_trainer import DeltaStnTrainer
 from .dropout import StnChannelDropout, StnDropout, StnVariationalDropout
 from .embedding import DeltaStnEmbedding, StnEmbedding
 from .hyper_parameters import HyperParameters
 from .linear import DeltaStnLinear, StnLinear
 from .lstm import DeltaStnLSTM, StnLSTM
 from .model import StnModel
+from .plots import plot_history
+from .stn_trainer import StnTrainer
+from .trainer import EpochRecord, ResponseTrainer, accuracy
 
 __all__ = [
     "DeltaStnConv1d",
@@ -16,7 +22,11 @@ __all__ = [
     "DeltaStnEmbedding",
     "DeltaStnLSTM",
     "DeltaStnLinear",
+    "DeltaStnTrainer",
+    "EpochRecord",
+    "FitResult",
     "HyperParameters",
+    "ResponseTrainer",
     "Sample",
     "StnChannelDropout",
     "StnConv1d",
@@ -27,6 +37,10 @@ __all__ = [
     "StnLSTM",
     "StnLinear",
     "StnModel",
+    "StnTrainer",
     "StnVariationalDropout",
+    "TrainerDiverged",
+    "accuracy",
     "current_sample",
+    "plot_history",
 ]
