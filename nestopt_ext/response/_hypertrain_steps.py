@@ -177,7 +177,7 @@ def neighbours(caller: str, point: Point, sigma: Any) -> Callable[[int], Tensor]
     h, named = point.vector, point.named
     if sigma is None and named is not None:
         return lambda count: named.perturbed(count).detach()
-    scale = torch.as_tensor(0.0 if sigma is None else sigma, device=h.device, dtype=h.dtype).detach()
+    scale = torch.as_tensor(0.3 if sigma is None else sigma, device=h.device, dtype=h.dtype).detach()
     if scale.shape not in ((), h.shape):
         raise ValueError(f"{caller}: sigma must be a number or have shape ({len(h)},); got {tuple(scale.shape)}.")
     if not bool((scale.isfinite() & (scale >= 0)).all()):

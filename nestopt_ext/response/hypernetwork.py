@@ -110,7 +110,7 @@ class Hypernetwork(nn.Module):
         flat = self.output(self.trunk(h))
         lead = h.shape[:-1]
         parts = flat.split([shape.numel() for shape in self._shapes.values()], dim=-1)
-        made = {n: part.view(*lead, *shape) for (n, shape), part in zip(self._shapes.items(), parts, strict=True)}
+        made = {n: part.view((*lead, *shape)) for (n, shape), part in zip(self._shapes.items(), parts, strict=True)}
         same = {n: p.expand(*lead, *p.shape) for n, p in zip(self._shared_names, self.shared, strict=True)}
         return made | same
 

@@ -153,9 +153,9 @@ def local_hypertrain(
     Args are those of :func:`global_hypertrain`, and:
 
         num_steps: iterations, each of ``train_steps`` steps on the hypernetwork and one on the hyperparameters.
-        sigma: the standard deviation of the points, in unconstrained units, a number or a tensor [n]. None: 0, the
-            simplified algorithm; for :class:`HyperParameters`, their scales. The slope of a linear hypernetwork, and
-            so the gradient, is learned from how points differ: at 0 from the path alone, with nothing that promises it.
+        sigma: the standard deviation of the points, in unconstrained units, a number or a tensor [n]. None: for
+            :class:`HyperParameters` their scales, else 0.3. 0 is the simplified algorithm: the slope of the response,
+            and so the gradient, is then learned from how h moves alone, and nothing promises that it is.
         num_samples: points in each step.
         train_steps: steps on the hypernetwork in each iteration. The paper's large problem takes 10.
         warmup: iterations at the beginning in which the hyperparameters stay. They are drawn about with ``sigma``.
