@@ -383,6 +383,127 @@ def test_the_layers_say_how_many_hyperparameters_they_have():
     assert "num_hparams=3" in repr(response.DeltaStnConv1d(2, 3, 1, num_hparams=N))
 
 
+# ---- embeddings -----------------------------------------------------------------------------------------------------
+
+V, D = 6, 4  # words, columns
+
+
+def embedding(dtype=torch.float64, prefix="Stn", **options):
+    layer = getattr(response, f"{prefix}Embedding")(V, D, dtype=dtype, num_hparams=N, **options)
+    with torch.no_grad():
+        layer.gate_weight.normal_()
+    shape = (B, 5) if layer.batch_dim == 0 else (5, B)
+    return layer, torch.randint(V, shape)
+
+
+@each_dtype
+@pytest.mark.parametrize("rows", [B, 1])
+@pytest.mark.parametrize("options", [{}, {"batch_dim": 1}, {"padding_idx": 2}, {"scale_grad_by_freq": True}], ids=str)
+def test_embeddings_are_those_of_the_definition(options, dtype, rows):
+    layer, x = embedding(dtype, **options)
+    h = torch.randn(rows, N, dtype=dtype, requires_grad=True)
+    gates = (h @ layer.gate_weight.t()).expand(B, D).unsqueeze(1 - layer.batch_dim)
+    table = {k: v for k, v in options.items() if k != "batch_dim"}
+    tables = [F.embedding(x, w, **table) for w in (layer.weight, layer.response_weight)]
+    sources = [h, *layer.parameters()]
+    wanted = with_gradients([tables[0] + gates * tables[1]], sources)
+    assert_close(with_gradients([layer(x, h)], sources), wanted, dtype)
+    assert_close([layer(x)], [tables[0]], dtype)
+    at = [next(layer.responses()).at(h_b) for h_b in h.expand(B, N)]
+    one_by_one = [F.embedding(x_b, w) for x_b, w in zip(x.unbind(layer.batch_dim), at, strict=True)]
+    assert_close([layer(x, h)], [torch.stack(one_by_one, layer.batch_dim)], dtype)
+
+
+def test_the_linearized_embedding_is_its_jvp_in_the_gate_input():
+    layer, x = embedding(prefix="DeltaStn", padding_idx=1)
+    h = torch.randn(B, N, dtype=torch.float64, requires_grad=True)
+    sources = [h, *layer.parameters()]
+    with forward_ad.dual_level(), using(Sample(h, {}, linearized=True)):
+        found = with_gradients(forward_ad.unpack_dual(layer(x)), sources)
+    wanted = jvp(lambda h: layer(x, h), (torch.zeros_like(h),), (h,))
+    assert_close(found, with_gradients(wanted, sources), torch.float64)
+    with forward_ad.dual_level(), using(Sample(None, {}, linearized=True)):
+        assert forward_ad.unpack_dual(layer(x)).tangent is None
+
+
+def test_an_embedding_is_twice_differentiable():
+    layer, x = embedding()
+    h = torch.randn(B, N, dtype=torch.float64, requires_grad=True)
+
+    def call(h, weight, direction, gates):
+        params = {"weight": weight, "response_weight": direction, "gate_weight": gates}
+        return functional_call(layer, params, (x, h))
+
+    inputs = (h, layer.weight, layer.response_weight, layer.gate_weight)
+    assert torch.autograd.gradcheck(call, inputs, check_forward_ad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("batch_dim", [0, 1])
+def test_words_are_dropped_everywhere_from_both_tables_at_the_rate_of_the_example(batch_dim):
+    layer = response.StnEmbedding(2000, 1, num_hparams=1, batch_dim=batch_dim, word_dropout="rate")
+    words = torch.arange(2000).repeat(2)
+    x = torch.stack([words, words, words], batch_dim)
+    rates = torch.tensor([0.0, 0.25, 0.9])
+    h = torch.randn(3, 1)
+    whole = layer.eval()(x, h)
+    with using(Sample(h, {"rate": rates})):
+        assert torch.equal(layer(x), whole)
+        dropped = layer.train()(x)
+    ratio = (dropped / whole).squeeze(-1).movedim(batch_dim, 0).unflatten(1, (2, 2000))
+    for b, rate in enumerate(rates.tolist()):
+        first, again = ratio[b]
+        assert torch.equal(first, again)  # the same word, at another place
+        kept = first > 0
+        torch.testing.assert_close(first[kept], torch.full_like(first[kept], 1 / (1 - rate)))
+        assert abs(kept.float().mean() - (1 - rate)) < 0.04
+    assert not (dropped.movedim(batch_dim, 0)[2] != 0)[(dropped.movedim(batch_dim, 0)[1] == 0)].any()
+
+
+def test_the_linearized_embedding_drops_the_same_words_from_primal_and_tangent():
+    layer, x = embedding(prefix="DeltaStn", word_dropout="rate")
+    h = torch.randn(B, N, dtype=torch.float64)
+    values = {"rate": torch.tensor([0.5], dtype=torch.float64)}
+    with forward_ad.dual_level(), using(Sample(h, values, linearized=True)):
+        primal, tangent = forward_ad.unpack_dual(layer(x))
+    dropped = primal == 0
+    assert dropped.any() and not dropped.all() and torch.equal(dropped, tangent == 0)
+
+
+def test_words_of_an_embedding_need_a_rate_to_be_dropped():
+    layer, x = embedding(word_dropout="rate")
+    with pytest.raises(RuntimeError, match="StnEmbedding: must be called with a sample"):
+        layer(x)
+    with using(Sample(None, {"other": torch.zeros(1)})), pytest.raises(KeyError, match="rate"):
+        layer(x)
+
+
+def test_an_embedding_starts_copies_and_prints_like_the_others():
+    layer, x = embedding(padding_idx=3)
+    h = torch.randn(B, N, dtype=torch.float64)
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        torch.testing.assert_close(copied(x, h), layer(x, h), rtol=0, atol=0)
+    layer.reset_parameters()
+    assert not layer.response_weight[3].any() and layer.response_weight[:3].all()
+    delta = response.DeltaStnEmbedding(V, D, num_hparams=N)
+    torch.testing.assert_close(delta(x, h.float()), delta(x), rtol=0, atol=0)
+    assert repr(delta) == "DeltaStnEmbedding(6, 4, num_hparams=3)"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x, h).dtype == layer(x).dtype
+    with pytest.raises(ValueError, match=r"StnEmbedding: gate_input must have shape .* or \(4, 3\); got \(5, 3\)"):
+        layer(x, torch.zeros(5, N))
+
+
+def test_a_decoder_may_be_tied_to_the_table_at_the_centre():
+    layer, x = embedding(torch.float32)
+    decoder = response.StnLinear(D, V, num_hparams=N)
+    decoder.weight = layer.weight
+    h = torch.randn(B, N)
+    decoder(layer(x, h), h).sum().backward()
+    assert layer.weight.grad is decoder.weight.grad is not None
+    assert not torch.equal(decoder.response_weight, layer.response_weight)
+
+
 # ---- errors ---------------------------------------------------------------------------------------------------------
 
 
