@@ -2,9 +2,11 @@
 
 from ._fit import FitResult
 from ._hypertrain_records import HypertrainRecord, HypertrainResult
+from ._report import ConversionReport
 from ._sample import Sample, current_sample
 from ._trainer_step import TrainerDiverged
 from .conv import DeltaStnConv1d, DeltaStnConv2d, DeltaStnConv3d, StnConv1d, StnConv2d, StnConv3d
+from .conversion import to_delta_stn, to_stn
 from .delta_stn_trainer import DeltaStnTrainer
 from .dropout import StnChannelDropout, StnDropout, StnVariationalDropout
 from .embedding import DeltaStnEmbedding, StnEmbedding
@@ -19,6 +21,7 @@ from .stn_trainer import StnTrainer
 from .trainer import EpochRecord, ResponseTrainer, accuracy
 
 __all__ = [
+    "ConversionReport",
     "DeltaStnConv1d",
     "DeltaStnConv2d",
     "DeltaStnConv3d",
@@ -51,4 +54,6 @@ __all__ = [
     "global_hypertrain",
     "local_hypertrain",
     "plot_history",
+    "to_delta_stn",
+    "to_stn",
 ]
