@@ -159,6 +159,30 @@ def test_chosen_parameters_respond_and_the_others_are_trained_along():
     assert hypernet(torch.zeros(3, 2, dtype=F64))["0.weight"].shape == (3, 4, 3)
 
 
+def test_a_centre_is_what_h_is_counted_from():
+    model, centre = small_net().eval(), torch.tensor([-7.0, 3.0], dtype=F64)
+    shifted = Hypernetwork(model, 2, bottleneck=2, init_std=0.5, centre=centre)
+    plain = Hypernetwork(model, 2, bottleneck=2, init_std=0.5)
+    plain.load_state_dict({name: value for name, value in shifted.state_dict().items() if name != "centre"})
+    h = torch.randn(3, 2, dtype=F64)
+    for name, value in shifted(h + centre).items():
+        torch.testing.assert_close(value, plain(h)[name], rtol=1e-12, atol=1e-12)
+    other = Hypernetwork(model, 2, bottleneck=2, centre=torch.zeros(2, dtype=F64))
+    other.load_state_dict(shifted.state_dict())
+    assert same_bits(other(h)["0.weight"], shifted(h)["0.weight"])
+    centre.zero_()
+    assert shifted.centre.tolist() == [-7.0, 3.0]
+
+
+def test_many_hyperparameters_far_from_zero_start_at_the_weights_of_the_model():
+    model, h = nn.Linear(784, 10), torch.full((7850,), -7.0)
+    weight = model.weight.detach()
+    centred = Hypernetwork(model, 7850, bottleneck=10, centre=h)(h)["weight"].detach()
+    counted_from_zero = Hypernetwork(model, 7850, bottleneck=10)(h)["weight"].detach()
+    assert float((centred - weight).norm() / weight.norm()) < 0.1
+    assert float((counted_from_zero - weight).norm() / weight.norm()) > 3
+
+
 def test_tied_weights_stay_tied():
     class Tied(nn.Module):
         def __init__(self):
@@ -232,6 +256,8 @@ def _mixed():
         (lambda: Hypernetwork(small_net(), 1, init_std=-1.0), ValueError, "init_std must be finite, >= 0; got -1.0"),
         (lambda: Hypernetwork(small_net(), 1, init_std="1"), TypeError, "init_std must be a number; got '1'"),
         (lambda: Hypernetwork(small_net(), 1, bottleneck=1, init_std=0), ValueError, "init_std must be finite and > 0"),
+        (lambda: Hypernetwork(small_net(), 2, centre=[1.0, 2.0]), TypeError, "centre must be a Tensor; got list"),
+        (lambda: Hypernetwork(small_net(), 2, centre=torch.ones(3)), ValueError, r"centre must have shape \(2,\); got"),
         (lambda: Hypernetwork(small_net(), 1, names="0.bias"), TypeError, "names must be a list of names; got the"),
         (lambda: Hypernetwork(small_net(), 1, names=["bias"]), ValueError, "names must be among 0.weight, .*'bias'"),
         (lambda: Hypernetwork(small_net(), 1, names=[]), ValueError, "names must name a parameter that responds"),
