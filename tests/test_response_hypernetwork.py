@@ -15,6 +15,7 @@ from nestopt_ext.hypergrad import LoopDiverged
 from nestopt_ext.response import (
     Hypernetwork,
     HyperParameters,
+    StnDropout,
     current_sample,
     global_hypertrain,
     local_hypertrain,
@@ -442,6 +443,36 @@ def test_points_at_once_are_points_one_by_one():
         found.append([h.detach(), *hypernet.parameters()])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_loss_that_vmap_cannot_see_through_says_what_to_do():
+    hypernet, _, valid_loss, h = linear_problem()
+
+    def train_loss(params, h):
+        return (params["weight"] ** 2).sum() * h.item()
+
+    with pytest.raises(RuntimeError, match=r"local_hypertrain: train_loss must go through .*Pass vectorize=False"):
+        local_hypertrain(hypernet, train_loss, valid_loss, h, num_steps=1, num_samples=2)
+    local_hypertrain(hypernet, train_loss, valid_loss, h, num_steps=1, num_samples=2, vectorize=False)
+
+
+def test_points_draw_dropout_masks_of_their_own():
+    hparams = HyperParameters(dtype=F64).add("rate", 0.5, low=0, high=0.9)
+    model = nn.Sequential(nn.Linear(1, 1, bias=False, dtype=F64), StnDropout("rate"))
+    hypernet, masks = Hypernetwork(model, 1), []
+
+    def train_loss(params, values):
+        answers = functional_call(model, params, (torch.ones(200, 1, dtype=F64),))
+        masks.append(answers != 0)
+        return answers.mean()
+
+    options = {"num_train_steps": 1, "num_hyper_steps": 0, "sample": lambda count: torch.zeros(count, 1, dtype=F64)}
+    torch.manual_seed(0)
+    result = global_hypertrain(hypernet, train_loss, train_loss, hparams, num_samples=1, **options)
+    assert 0.3 < float(masks[0].double().mean()) < 0.8  # kept with 1 - 0.45
+    weight = hypernet(torch.zeros(1, dtype=F64))["0.weight"].item()
+    result = global_hypertrain(hypernet, train_loss, train_loss, hparams, num_samples=400, **options)
+    assert result.history[0].train_loss == pytest.approx(weight, rel=0.02)  # masks that were the same would miss it
 
 
 @pytest.mark.parametrize("kind", ["list", "loader", "function"])
