@@ -407,6 +407,16 @@ def test_the_warm_up_leaves_the_hyperparameters():
     assert result.history == tuple(seen)
 
 
+def test_frozen_weights_of_the_hypernetwork_stay():
+    hypernet, train_loss, valid_loss, h = linear_problem()
+    hypernet.output.bias.requires_grad_(False)
+    before = copy.deepcopy(hypernet.state_dict())
+    local_hypertrain(hypernet, train_loss, valid_loss, h, num_steps=2)
+    after = hypernet.state_dict()
+    assert same_bits(after["output.bias"], before["output.bias"])
+    assert not torch.equal(after["output.weight"], before["output.weight"])
+
+
 def test_train_steps_and_samples_count():
     hypernet, _, valid_loss, h = linear_problem()
     points = []
