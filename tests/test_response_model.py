@@ -28,7 +28,7 @@ def randomized(model):
 
 def network(*, centred=True, middle=None):
     linear = DeltaStnLinear if centred else StnLinear
-    layers = [linear(3, 5, num_hparams=2), middle or nn.Tanh(), linear(5, 2, num_hparams=2)]
+    layers = [linear(3, 5, num_hparams=2), nn.Tanh() if middle is None else middle, linear(5, 2, num_hparams=2)]
     return randomized(StnModel(nn.Sequential(*layers).double(), hyper_parameters(), centred=centred))
 
 
@@ -240,6 +240,23 @@ def test_operations_are_watched_once_in_each_mode():
     for training in (True, True, False, False):
         linearized(model.train(training))
     assert [n > seen[1] for n in seen] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("part", ["all", "inside"])
+def test_compiled_code_runs_as_it_was_written_where_it_is_linearized(part):
+    model = network(middle=torch.compile(nn.Tanh(), backend="eager") if part == "inside" else None)
+    plain = network()
+    plain.load_state_dict(model.state_dict())
+    call = torch.compile(model, backend="eager") if part == "all" else model
+    h = model.hparams.perturbed(4).detach()
+    with model.at(h, linearized=True):
+        out = call(X)
+    with plain.at(h, linearized=True):
+        torch.testing.assert_close(out, plain(X), rtol=0, atol=1e-13)
+    with model.at(h):
+        out = call(X)
+    with plain.at(h):
+        torch.testing.assert_close(out, plain(X), rtol=0, atol=1e-13)
 
 
 def test_what_pytorch_would_lose_in_silence_is_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,8 +25,20 @@ _PLAIN_DATA = (bool, int, float, complex, str, bytes, type(None), torch.dtype, t
 def linearized_call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, watched: bool) -> Any:
     """What ``module`` returns, primal plus tangent in place of each tensor.
 
-    ``watched`` looks at each operation for tangents that are lost in silence, which takes time.
+    ``watched`` looks at each operation for tangents that are lost in silence, which takes time. What torch.compile made
+    runs as it was written: compiled code loses tangents too.
     """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled then, and its import takes a second
+        return _linearized_call(module, args, kwargs, watched)
+    return torch.compiler.disable(_as_written)(module, args, kwargs, watched)  # type: ignore[no-untyped-call]
+
+
+def _as_written(*args: Any) -> Any:
+    with torch.compiler.set_stance("force_eager"):
+        return _linearized_call(*args)
+
+
+def _linearized_call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], watched: bool) -> Any:
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "StnModel: a linearized answer must be asked for outside of torch.inference_mode(), which drops tangents."
