@@ -218,6 +218,30 @@ def test_an_operation_without_a_forward_derivative_is_named(function, name):
         linearized(model)
 
 
+@torch.library.custom_op("nestopt_ext_tests::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+twice.register_autograd(lambda ctx, grad: 2 * grad)
+
+
+@pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_operator_that_loses_tangents_is_named(grad_mode, training):
+    model = network(middle=Applied(twice)).train(training)
+    with grad_mode(), pytest.raises(RuntimeError, match=r"got (nestopt_ext_tests.twice|an autograd.Function)"):
+        linearized(model)
+
+
+def test_operations_are_watched_once_in_each_mode():
+    seen = []
+    model = network(middle=Applied(lambda y: seen.append(len(torch.overrides._get_current_function_mode_stack())) or y))
+    for training in (True, True, False, False):
+        linearized(model.train(training))
+    assert [n > seen[1] for n in seen] == [True, False, True, False]
+
+
 def test_what_pytorch_would_lose_in_silence_is_refused():
     model = network()
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"outside of torch.inference_mode.*torch.no_grad"):
