@@ -40,6 +40,13 @@ class StnLayer(nn.Module):
     num_hparams: int
     batch_dim: int
 
+    def set_dimensions(self, num_hparams: int, batch_dim: int) -> None:
+        """Remembers how many numbers gates depend on, and which dimension of the input counts examples."""
+        for name, value, least in (("num_hparams", num_hparams, 1), ("batch_dim", batch_dim, 0)):
+            if value < least:
+                raise ValueError(f"{type(self).__name__}: {name} must be at least {least}; got {value}.")
+        self.num_hparams, self.batch_dim = num_hparams, batch_dim
+
     def responses(self) -> Iterator[Response]:
         """What responds, one by one."""
         raise NotImplementedError
@@ -51,15 +58,27 @@ class StnLayer(nn.Module):
                 yield parameter
 
 
-def gate_input_of(given: Tensor | None) -> tuple[Tensor | None, bool]:
-    """What a layer multiplies its gate matrix with, [M, n] or None for zeros, and whether it is a tangent.
+def gate_input_of(layer: StnLayer, given: Tensor | None, examples: int | None) -> tuple[Tensor | None, bool]:
+    """What ``layer`` multiplies its gate matrix with, [M, n] or None for zeros, and whether it is a tangent.
 
-    ``given`` is the argument of the layer's call, [n] or [M, n]; without one the current sample has it.
+    ``given`` is the argument of the layer's call, [n] or [M, n]; without one the current sample has it. M is 1 or the
+    number of ``examples`` in the input, which is None for an input of one example without a dimension for it.
     """
-    if given is not None:
-        return (given if given.dim() == 2 else given.unsqueeze(0)), False
+    h, linearized = given, False
     sample = current_sample()
-    return (None, False) if sample is None else (sample.gate_input, sample.linearized)
+    if h is None and sample is not None:
+        h, linearized = sample.gate_input, sample.linearized
+    if h is None:
+        return None, linearized
+    n = layer.num_hparams
+    if h.shape[-1:] != (n,) or h.shape[:-1] not in ((), (1,), (examples,)):
+        rows = "" if examples is None else f" or ({examples}, {n})"
+        raise ValueError(
+            f"{type(layer).__name__}: gate_input must have shape ({n},), (1, {n}){rows}; got {tuple(h.shape)}."
+            f" Columns are the layer's num_hparams={n}; give one row for all examples, or one for each along"
+            f" dimension {layer.batch_dim} of the input, the layer's batch_dim."
+        )
+    return (h if h.dim() == 2 else h.unsqueeze(0)), linearized
 
 
 def gates_of(gate_input: Tensor, gate_weight: Tensor) -> Tensor:
