@@ -13,13 +13,16 @@ This build     native_status, build_info
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import _ops as _ops
 from ._library import build_info, native_status
 from ._version import __version__
 
-if TYPE_CHECKING:
+# For type checkers; at run time `__getattr__` imports a room when it is asked for. Not TYPE_CHECKING, under which mypy
+# looks late and takes `linearize` and its like for the modules of that name.
+_EAGER: bool = False
+if _EAGER:
     from . import games as games
     from . import response as response
     from .curvature import (
@@ -118,7 +121,6 @@ _ROOMS = ("optim", "solvers", "curvature", "hypergrad", "games", "response")
 
 
 def __getattr__(name: str) -> Any:
-    # Each room is imported when it is first asked for: the import of the package costs what its caller uses.
     if name in _ROOMS:
         return importlib.import_module(f"{__name__}.{name}")
     if name in __all__:
