@@ -4,6 +4,8 @@ from ._fit import FitResult
 from ._hypertrain_records import HypertrainRecord, HypertrainResult
 from ._sample import Sample, current_sample
 from ._trainer_step import TrainerDiverged
+from .activation import ActivationRegularization
+from .augmentation import Affine, ColorJitter, Cutout, GaussianNoise, InputScale
 from .conv import DeltaStnConv1d, DeltaStnConv2d, DeltaStnConv3d, StnConv1d, StnConv2d, StnConv3d
 from .delta_stn_trainer import DeltaStnTrainer
 from .dropout import StnChannelDropout, StnDropout, StnVariationalDropout
@@ -11,14 +13,20 @@ from .embedding import DeltaStnEmbedding, StnEmbedding
 from .hyper_parameters import HyperParameters
 from .hypernetwork import Hypernetwork
 from .hypertrain import global_hypertrain, local_hypertrain
+from .label_smoothing import LabelSmoothing
 from .linear import DeltaStnLinear, StnLinear
 from .lstm import DeltaStnLSTM, StnLSTM
 from .model import StnModel
 from .plots import plot_history
 from .stn_trainer import StnTrainer
 from .trainer import EpochRecord, ResponseTrainer, accuracy
+from .weight_decay import WeightDecay
 
 __all__ = [
+    "ActivationRegularization",
+    "Affine",
+    "ColorJitter",
+    "Cutout",
     "DeltaStnConv1d",
     "DeltaStnConv2d",
     "DeltaStnConv3d",
@@ -28,10 +36,13 @@ __all__ = [
     "DeltaStnTrainer",
     "EpochRecord",
     "FitResult",
+    "GaussianNoise",
     "HyperParameters",
     "Hypernetwork",
     "HypertrainRecord",
     "HypertrainResult",
+    "InputScale",
+    "LabelSmoothing",
     "ResponseTrainer",
     "Sample",
     "StnChannelDropout",
@@ -46,6 +57,7 @@ __all__ = [
     "StnTrainer",
     "StnVariationalDropout",
     "TrainerDiverged",
+    "WeightDecay",
     "accuracy",
     "current_sample",
     "global_hypertrain",
