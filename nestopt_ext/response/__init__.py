@@ -2,11 +2,13 @@
 
 from ._fit import FitResult
 from ._hypertrain_records import HypertrainRecord, HypertrainResult
+from ._report import ConversionReport
 from ._sample import Sample, current_sample
 from ._trainer_step import TrainerDiverged
 from .activation import ActivationRegularization
 from .augmentation import Affine, ColorJitter, Cutout, GaussianNoise, InputScale
 from .conv import DeltaStnConv1d, DeltaStnConv2d, DeltaStnConv3d, StnConv1d, StnConv2d, StnConv3d
+from .conversion import to_delta_stn, to_stn
 from .delta_stn_trainer import DeltaStnTrainer
 from .dropout import StnChannelDropout, StnDropout, StnVariationalDropout
 from .embedding import DeltaStnEmbedding, StnEmbedding
@@ -26,6 +28,7 @@ __all__ = [
     "ActivationRegularization",
     "Affine",
     "ColorJitter",
+    "ConversionReport",
     "Cutout",
     "DeltaStnConv1d",
     "DeltaStnConv2d",
@@ -63,4 +66,6 @@ __all__ = [
     "global_hypertrain",
     "local_hypertrain",
     "plot_history",
+    "to_delta_stn",
+    "to_stn",
 ]

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from ._layer import StnLayer
 from ._linearized import linearized_call, without_fast_paths
+from ._report import ConversionReport
 from ._sample import Sample, current_sample, using
+from .export import exported
 from .hyper_parameters import HyperParameters
 
 
@@ -63,6 +65,8 @@ class StnModel(nn.Module):
         self.module = module
         self.hparams = hparams
         self.centred = centred
+        #: What conversion did, of a model that `to_stn` or `to_delta_stn` made.
+        self.report: ConversionReport | None = None
         hparams.frozen = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -89,7 +93,9 @@ class StnModel(nn.Module):
         Args:
             unconstrained: [B, n], a point for each example of the batches that the model is called with; [1, n] or [n],
                 one for all. In unconstrained units, as ``hparams.unconstrained`` and ``hparams.perturbed(B)``.
-            linearized: answers with the linearization about the current hyperparameters; of a centred model only.
+            linearized: answers with the linearization about the current hyperparameters; of a centred model only. For
+                gradients of the response alone, call it with ``requires_grad`` of the general parameters False: that is
+                the smaller graph, and torch's softmax and logsumexp have no gradient to the primal then to fail at.
 
         Yields the sample, whose ``values`` are the hyperparameters in natural units. Calls may be nested: the innermost
         counts. Raises TypeError and ValueError, before anything is computed, for what is not such a tensor.
@@ -136,6 +142,23 @@ class StnModel(nn.Module):
         finally:
             for buffers, name, buffer in held:
                 buffers[name] = buffer
+
+    def export(self) -> nn.Module:
+        """A plain module with the tuned values in it: what the model is at the current hyperparameters.
+
+        A copy of ``module`` with torch's own layers, of w(h0), and dropouts, of the tuned rates, in place of response
+        layers and tuned dropouts; nothing of this package is left in it. In evaluation it answers as the model does.
+        Its state_dict has the names and shapes of the model that was converted. Where that shares a weight among
+        layers, the export of a centred model does too; otherwise the layer that responds has its own.
+
+        Warns with a list of what no plain module does: a rate for each unit (their mean is taken), masks that are the
+        same for all time steps, dropped words and weights (left out), other modules of this package (nn.Identity), and
+        weights that are not shared any more. None of these but the last matters in evaluation.
+
+        Raises TypeError for response layers from elsewhere.
+        """
+        with torch.no_grad(), self.at_centre() as sample:
+            return exported(self.module, sample)
 
     def general_parameters(self) -> Iterator[nn.Parameter]:
         """The weights that serve at the centre, each once: all of the module but those of the response."""
