@@ -324,7 +324,7 @@ def test_global_hypernetwork_learns_the_response_and_finds_the_scanned_optimum()
     assert abs(h.item() - float(best)) < 0.2
     for point in (-2.5, -1.0, 0.5):
         exact = ridge.minimum(torch.tensor(point, dtype=F64))
-        found = hypernet(torch.tensor([point], dtype=F64))["weight"][0]
+        found = hypernet(torch.tensor([point], dtype=F64))["weight"][0].detach()
         assert float((found - exact).norm() / exact.norm()) < 0.05
     train, tune = result.history[:8], result.history[8:]
     assert [record.step for record in result.history] == list(range(100, 1101, 100))
