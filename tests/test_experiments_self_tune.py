@@ -22,7 +22,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("optuna")
 
 TINY = SelfTuneConfig(
-    methods=("delta-stn",),
+    method=("delta-stn",),
     train_size=40,
     valid_size=40,
     width=8,
@@ -79,7 +79,7 @@ def problem():
 def everything(tmp_path_factory):
     folder = tmp_path_factory.mktemp("everything")
     extras = ("weight-decay", "label-smoothing")
-    config = dataclasses.replace(TINY, methods=METHODS, extras=extras, epochs=2, hyper_lr=0.1)
+    config = dataclasses.replace(TINY, method=METHODS, extra=extras, epochs=2, hyper_lr=0.1)
     return self_tune(config, folder), folder
 
 
@@ -133,6 +133,27 @@ def test_a_training_at_fixed_values_is_the_plain_one(problem):
     assert learner.values() == pytest.approx(values, rel=1e-4)
 
 
+@pytest.mark.parametrize("method", ["delta-stn", "stn", "fixed", "ift"])
+def test_the_rate_falls_when_it_should(method):
+    problem = make_problem(dataclasses.replace(TINY, lr=0.1, lr_drops=(1, 3), train_steps=1).resolved())
+    rates = []
+    if method in ("delta-stn", "stn"):
+        learner = ResponseLearner(problem, method)
+        optimizers = [
+            o for name, o in learner.trainer.optimizers.items() if name in ("optimizer", "response_optimizer")
+        ]
+    else:
+        learner = LoopLearner(problem, tuned=method == "ift")
+        optimizers = [learner.loop.inner_optimizer]
+    while learner.epochs < 3.5:
+        rates.append((learner.batches, {round(o.param_groups[0]["lr"], 9) for o in optimizers}))
+        learner.step()
+    # A trainer ends an epoch when it is asked for the first step of the next one.
+    late = 1 if method in ("delta-stn", "stn") else 0
+    for batches, found in rates:
+        assert found == {0.1 if batches < 4 + late else 0.02 if batches < 12 + late else 0.004}
+
+
 def test_gaussian_noise_has_the_mean_and_the_variance_of_dropout(problem):
     model = LoopLearner(problem, {"input_dropout": 0.2, "dropout1": 0.2, "dropout2": 0.2}, tuned=True).model
     noise = model.module.get_submodule("dropout1")
@@ -145,7 +166,7 @@ def test_gaussian_noise_has_the_mean_and_the_variance_of_dropout(problem):
 
 
 def test_what_implicit_differentiation_cannot_move_is_named_and_stays():
-    config = dataclasses.replace(TINY, methods=("ift",), model="simple-cnn", width=2, hyper_lr=0.1)
+    config = dataclasses.replace(TINY, method=("ift",), model="simple-cnn", width=2, hyper_lr=0.1)
     result = self_tune(config).method("ift")
     assert result.fixed == ["cutout_length", "cutout_holes"]
     start, end = result.points[0]["values"], result.final["values"]
@@ -156,15 +177,15 @@ def test_what_implicit_differentiation_cannot_move_is_named_and_stays():
 
 def test_a_hypernetwork_that_is_too_large_is_skipped_with_the_reason(monkeypatch):
     monkeypatch.setattr("nestopt_ext.experiments.self_tune.hypernet_learner.MOST_WEIGHTS", 100)
-    result = self_tune(dataclasses.replace(TINY, methods=("hypernet", "delta-stn"), epochs=1))
+    result = self_tune(dataclasses.replace(TINY, method=("hypernet", "delta-stn"), epochs=1))
     assert "--width" in result.method("hypernet").skipped and result.method("delta-stn").skipped is None
     with pytest.raises(SelfTuneError, match="no method came to an end"):
-        self_tune(dataclasses.replace(TINY, methods=("hypernet",)))
+        self_tune(dataclasses.replace(TINY, method=("hypernet",)))
 
 
 def test_divergence_is_said_of_every_method():
     with pytest.raises(SelfTuneError, match=r"delta-stn: the training diverged.*random: every training diverged"):
-        self_tune(dataclasses.replace(TINY, methods=("delta-stn", "random"), lr=1e30))
+        self_tune(dataclasses.replace(TINY, method=("delta-stn", "random"), lr=1e30))
 
 
 # Budgets
@@ -172,7 +193,7 @@ def test_divergence_is_said_of_every_method():
 
 @pytest.mark.parametrize("text", ["7", "2.5"])
 def test_equal_epochs(text):
-    config = dataclasses.replace(TINY, methods=("stn", "random"), budget=text)
+    config = dataclasses.replace(TINY, method=("stn", "random"), budget=text)
     result = self_tune(config)
     batches = math.ceil(float(text) * 4)
     assert [method.epochs for method in result.methods] == [batches / 4] * 2
@@ -212,7 +233,7 @@ def test_a_course_ends_where_its_allowance_does(allowance, epochs):
 def test_equal_seconds(monkeypatch):
     monkeypatch.setattr(LoopLearner, "step", timed(LoopLearner.step))
     monkeypatch.setattr(ResponseLearner, "step", timed(ResponseLearner.step))
-    result = self_tune(dataclasses.replace(TINY, methods=("delta-stn", "random"), budget="10s"))
+    result = self_tune(dataclasses.replace(TINY, method=("delta-stn", "random"), budget="10s"))
     assert [method.seconds for method in result.methods] == [10.0, 10.0]
     assert result.method("delta-stn").epochs == 5.0  # of its own epochs a budget of seconds knows nothing
     assert result.method("random").trainings == 2  # 12 steps, and 8
@@ -238,7 +259,7 @@ def test_bad_budget(bad):
 @pytest.fixture(scope="module", params=METHODS)
 def whole(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    config = dataclasses.replace(TINY, methods=(request.param,), epochs=2)
+    config = dataclasses.replace(TINY, method=(request.param,), epochs=2)
     return self_tune(config, folder), folder
 
 
@@ -250,7 +271,7 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path, whole, stop):
         self_tune(config, tmp_path, should_stop=StopAfter(stop))
     except Interrupted:
         stopped = True
-    assert stopped or config.methods[0] in ("hypernet", "ift")  # whose steps are of several batches
+    assert stopped or config.method[0] in ("hypernet", "ift")  # whose steps are of several batches
     torch.manual_seed(stop)
     resumed = self_tune(config, tmp_path, resume=True)
     assert log_of(tmp_path) == log_of(whole[1])
@@ -293,7 +314,7 @@ def test_another_run_is_refused(tmp_path):
     ],
 )
 def test_a_tampered_checkpoint_is_refused_in_one_line(tmp_path, place, wrong):
-    config = dataclasses.replace(TINY, methods=("random",), epochs=1)
+    config = dataclasses.replace(TINY, method=("random",), epochs=1)
     with pytest.raises(Interrupted):
         self_tune(config, tmp_path, should_stop=StopAfter(5))
     path = tmp_path / "checkpoint.pt"
@@ -371,6 +392,8 @@ def test_quick_run_without_the_extras(tmp_path, capsys, monkeypatch):
         (["--epochs", "0"], "--epochs must be"),
         (["--budget", "soon"], "--budget must be"),
         (["--seed", str(2**32)], "--seed must be below"),
+        (["--lr-drops", "5,5"], "--lr-drops must increase"),
+        (["--lr-drops", "a"], "must be epochs such as"),
         (["--lr", "0"], "--lr must be > 0"),
         (["--hyper-lr", "nan"], "--hyper-lr"),
         (["--entropy-weight", "-1"], "--entropy-weight must be >= 0"),
@@ -389,7 +412,7 @@ def test_bad_arguments_give_one_line_and_code_2(tmp_path, capsys, monkeypatch, a
 
 
 def test_config_survives_json():
-    for config in (SelfTuneConfig(), SelfTuneConfig(methods=("gp",), extras=("weight-decay",), budget="5m")):
+    for config in (SelfTuneConfig(), SelfTuneConfig(method=("gp",), extra=("weight-decay",), budget="5m")):
         resolved = config.resolved()
         assert SelfTuneConfig.from_json(resolved.to_json(), Path("c.json")) == resolved
     assert (resolved.model, resolved.width, resolved.epochs) == ("mlp", 96, 150)

@@ -232,7 +232,7 @@ def test_chunks_cover_a_text_once():
 @pytest.fixture
 def language(corpus_dir):
     return SelfTuneConfig(
-        methods=("delta-stn",),
+        method=("delta-stn",),
         data="ptb",
         data_dir=str(corpus_dir),
         width=6,
@@ -248,7 +248,7 @@ def language(corpus_dir):
 
 def test_every_method_tunes_the_language_model(language):
     pytest.importorskip("optuna")
-    result = self_tune(dataclasses.replace(language, methods=METHODS[:6]))
+    result = self_tune(dataclasses.replace(language, method=METHODS[:6]))
     for method in result.methods:
         assert method.skipped is None
         assert all(point["valid_loss"] < math.log(10) for point in method.points)  # that of ten words alike
@@ -261,7 +261,7 @@ def test_every_method_tunes_the_language_model(language):
 @pytest.mark.parametrize("method", ["delta-stn", "random", "ift"])
 def test_the_language_model_continues_bit_for_bit(language, tmp_path, method):
     pytest.importorskip("optuna")
-    config = dataclasses.replace(language, methods=(method,))
+    config = dataclasses.replace(language, method=(method,))
     whole = self_tune(config)
     asked = iter([False, False, True])
     with pytest.raises(Interrupted):
@@ -288,7 +288,7 @@ def test_the_state_is_carried_from_chunk_to_chunk(language):
 def test_perplexity_is_what_the_table_shows(language):
     from nestopt_ext.experiments.self_tune.report import tables
 
-    result = self_tune(dataclasses.replace(language, epochs=1, methods=("delta-stn",)))
+    result = self_tune(dataclasses.replace(language, epochs=1, method=("delta-stn",)))
     (header, rows), _ = tables(result)
     assert header[4] == "valid perplexity" and rows[0][4] == f"{math.exp(result.methods[0].best['valid_loss']):.2f}"
 

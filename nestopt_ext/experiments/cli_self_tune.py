@@ -39,7 +39,6 @@ def add(commands: Any) -> None:
     what = parser.add_argument_group("what is compared, on what")
     what.add_argument(
         "--method",
-        dest="methods",
         type=_names,
         action=_Collected,
         metavar="NAME,...",
@@ -55,7 +54,6 @@ def add(commands: Any) -> None:
     what.add_argument("--width", type=int, metavar="N", help="hidden units, or channels of the first convolution")
     what.add_argument(
         "--extra",
-        dest="extras",
         type=_names,
         action=_Collected,
         metavar="NAME,...",
@@ -90,6 +88,9 @@ def add(commands: Any) -> None:
     train.add_argument(
         "--hyper-lr", type=float, metavar="LR", help="RMSprop's rate on hyperparameters (0.01, digits 0.03)"
     )
+    train.add_argument(
+        "--lr-drops", type=_epochs, metavar="N,...", help="epochs at which it falls to a fifth (deep 60,120,180)"
+    )
     train.add_argument("--warmup", type=int, metavar="N", help="epochs before the hyperparameters move (5)")
     train.add_argument("--train-steps", type=int, metavar="N", help="steps on the weights in turn (5; lstm 2)")
     train.add_argument("--valid-steps", type=int, metavar="N", help="with steps on the hyperparameters (1)")
@@ -114,6 +115,13 @@ def add(commands: Any) -> None:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _epochs(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be epochs such as 60,120 with commas between; got {text!r}") from None
 
 
 class _Collected(argparse.Action):
@@ -143,7 +151,7 @@ def _self_tune(typed: dict[str, Any], call: Call) -> int:
     if not job.resume:
         run_folder.begin(job.folder, job.config, overwrite=job.overwrite)
     call.begun = job.folder
-    bar = ProgressBar(PIECES * len(job.config.methods))
+    bar = ProgressBar(PIECES * len(job.config.method))
     with StopRequest() as stop:
         try:
             result = self_tune(

@@ -50,28 +50,29 @@ class Budget:
 class SelfTuneConfig:
     """One run of `self_tune`. None stands for a default that `resolved` fills in.
 
-    methods: what is compared, of `METHODS`, each on its own. data, data_dir: see `nestopt_ext.experiments.data`; also
+    method: what is compared, of `METHODS`, each on its own. data, data_dir: see `nestopt_ext.experiments.data`; also
     ``ptb``. train_size, valid_size: examples; 0 for all that are left, and for 15 % of the published training part (20
     % of cifar10). The parts of ptb are the published ones. model, width: see
-    `nestopt_ext.experiments.self_tune.models`. extras: hyperparameters beside those of the network, of `EXTRAS`.
+    `nestopt_ext.experiments.self_tune.models`. extra: hyperparameters beside those of the network, of `EXTRAS`.
     epochs: length of one training. budget: what each method may spend; see `Budget`. Without one, a method that tunes
     while it trains makes one training, and a search ``trials``. warmup: epochs before hyperparameters move.
-    train_steps, valid_steps: steps on weights and on hyperparameters in turn. lr, hyper_lr: their rates.
-    entropy_weight, scale: of the perturbations of response models. bptt: words of a chunk of text. threads: of the CPU.
+    train_steps, valid_steps: steps on weights and on hyperparameters in turn. lr, hyper_lr: their rates. lr_drops:
+    epochs at which the former falls to a fifth. entropy_weight, scale: of the perturbations of response models. bptt:
+    words of a chunk of text. threads: of the CPU.
     """
 
     files: ClassVar[tuple[str, ...]] = (LOG, CHECKPOINT, PICTURE)
     resumable: ClassVar[bool] = True
     kind: ClassVar[str] = "run of self-tune"
 
-    methods: tuple[str, ...] = ("delta-stn", "stn", "random")
+    method: tuple[str, ...] = ("delta-stn", "stn", "random")
     data: str = "digits"
     data_dir: str | None = None
     train_size: int | None = None
     valid_size: int | None = None
     model: str | None = None
     width: int | None = None
-    extras: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
     epochs: int | None = None
     budget: str | None = None
     trials: int = 10
@@ -80,6 +81,7 @@ class SelfTuneConfig:
     train_steps: int | None = None
     valid_steps: int = 1
     lr: float | None = None
+    lr_drops: tuple[int, ...] | None = None
     hyper_lr: float | None = None
     entropy_weight: float = 1e-3
     scale: float = 1.0
@@ -133,14 +135,15 @@ class SelfTuneConfig:
             "batch_size": 50 if digits else 40 if model == "lstm" else 128,
             "train_steps": 2 if model == "lstm" else 5,
             "hyper_lr": 3e-2 if digits else 1e-2,
+            "lr_drops": (60, 120, 180) if model in ("alexnet", "vgg16", "resnet18") else (),
             "lr": 3e-2 if digits and model == "mlp" else _LR[model],
         }
 
     def _check(self) -> None:
-        _check_names("method", self.methods, METHODS)
-        if not self.methods:
+        _check_names("method", self.method, METHODS)
+        if not self.method:
             raise ConfigError(f"--method must be one or more of {', '.join(METHODS)}; got none.")
-        _check_names("extra", self.extras, EXTRAS)
+        _check_names("extra", self.extra, EXTRAS)
         for name in ("width", "epochs", "trials", "batch_size", "train_steps", "valid_steps", "bptt", "threads"):
             check_whole(name, getattr(self, name), 1)
         for name in ("train_size", "valid_size", "warmup", "seed"):
@@ -149,6 +152,7 @@ class SelfTuneConfig:
             raise ConfigError(f"--threads must be <= {MOST_THREADS}; got {self.threads}.")
         if self.seed >= 2**32:
             raise ConfigError(f"--seed must be below 2**32; got {self.seed}.")
+        _check_drops(self.lr_drops)
         for name in ("lr", "hyper_lr", "scale"):
             if check_number(name, getattr(self, name)) <= 0:
                 raise ConfigError(f"--{name.replace('_', '-')} must be > 0; got {getattr(self, name)}.")
@@ -169,3 +173,12 @@ def _check_names(option: str, names: object, allowed: tuple[str, ...]) -> None:
         check_one_of(option, name, allowed)
     if len(set(names)) != len(names):
         raise ConfigError(f"--{option} must name each one once; got {','.join(names)}.")
+
+
+def _check_drops(drops: object) -> None:
+    if not isinstance(drops, tuple):
+        raise ConfigError(f"--lr-drops must be epochs; got {drops!r}.")
+    for epoch in drops:
+        check_whole("lr_drops", epoch, 1)
+    if list(drops) != sorted(set(drops)):
+        raise ConfigError(f"--lr-drops must increase; got {','.join(map(str, drops))}.")

@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+from ...hypergrad import LoopDiverged
+from ...response import TrainerDiverged
 from .config import Budget
 from .learner import Learner
 
@@ -43,9 +45,7 @@ class Course:
         epoch = math.floor(self.learner.epochs)
         try:
             self.seconds += self.learner.step()
-        except RuntimeError as error:
-            if type(error) is RuntimeError:
-                raise
+        except (TrainerDiverged, LoopDiverged) as error:
             raise TrainingDiverged(" ".join(str(error).split())) from error
         overdue = self.seconds - self.looked_at > self.allowance.seconds / _LOOKS
         if not (self.done or overdue or math.floor(self.learner.epochs) > epoch):

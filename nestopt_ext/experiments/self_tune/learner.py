@@ -26,7 +26,7 @@ class Learner(ABC):
 
     @abstractmethod
     def step(self) -> float:
-        """Takes one step and returns its seconds. Raises a RuntimeError when the training diverges."""
+        """Takes one step and returns its seconds. Raises TrainerDiverged or LoopDiverged."""
 
     @abstractmethod
     def scores(self) -> dict[str, float]:

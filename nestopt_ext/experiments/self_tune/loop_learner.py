@@ -76,12 +76,14 @@ class LoopLearner(Learner):
         self.carry: Any = None
         self.drawn = 0
         params, hparams = list(self.model.general_parameters()), [self.model.hparams.unconstrained]
+        optimizer = problem.optimizer(params)
+        self.scheduler = problem.scheduler(optimizer)
         self.loop = BilevelLoop(
             self._valid_loss,
             self._train_loss,
             params,
             hparams,
-            problem.optimizer(params),
+            optimizer,
             problem.hyper_optimizer()(hparams),
             inner_steps=self.inner_steps,
             solver=Neumann(num_terms=_NUM_TERMS, alpha="auto"),
@@ -108,6 +110,8 @@ class LoopLearner(Learner):
         """See `Learner`."""
         started = time.perf_counter()
         self.loop.step()
+        while self.scheduler.last_epoch < self.drawn // self.batches_per_epoch:
+            self.scheduler.step()
         return time.perf_counter() - started
 
     def scores(self) -> dict[str, float]:
@@ -155,7 +159,7 @@ class LoopLearner(Learner):
 
 
 class _Rest:
-    """What changes beside weights and values: the buffers of the model, the carry, and how many batches were drawn."""
+    """What changes beside weights and values: buffers, the carry, batches drawn, and the schedule."""
 
     def __init__(self, learner: LoopLearner) -> None:
         self._learner = learner
@@ -163,16 +167,22 @@ class _Rest:
     def state_dict(self) -> dict[str, Any]:
         learner = self._learner
         buffers = {name: buffer.clone() for name, buffer in learner.model.named_buffers()}
-        return {"drawn": learner.drawn, "carry": learner.carry, "buffers": buffers}
+        return {
+            "drawn": learner.drawn,
+            "carry": learner.carry,
+            "buffers": buffers,
+            "scheduler": learner.scheduler.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         learner = self._learner
         own = dict(learner.model.named_buffers())
-        if set(state) != {"drawn", "carry", "buffers"} or set(state["buffers"]) != set(own):
-            raise ValueError("what is beside the loop must be drawn, carry, and the buffers of the model")
+        if set(state) != set(self.state_dict()) or set(state["buffers"]) != set(own):
+            raise ValueError("what is beside the loop must be drawn, carry, scheduler, and the buffers of the model")
         for name, buffer in own.items():
             buffer.copy_(state["buffers"][name])
         learner.drawn = int(state["drawn"])
+        learner.scheduler.load_state_dict(state["scheduler"])
         learner.carry = pytree.tree_map_only(Tensor, lambda t: t.to(learner.problem.device, copy=True), state["carry"])
 
 

@@ -44,7 +44,7 @@ class PictureProblem(SelfTuningProblem):
         self.device = device
         dataset = data.load(config.data, Path(config.data_dir) if config.data_dir else None)
         available = len(dataset.labels)
-        valid_size = config.valid_size or round(_VALID_SHARE[config.data] * available)
+        valid_size = config.valid_size or round(_VALID_SHARE.get(config.data, 0.15) * available)
         split = data.make_split(dataset, config.train_size or available - valid_size, valid_size, 0.0, config.seed)
         self.split = _unscaled(split, dataset.peak).to(device)
         #: Mean and deviation of the training part's pixels.

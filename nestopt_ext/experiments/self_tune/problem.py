@@ -75,7 +75,7 @@ class SelfTuningProblem(ABC):
 
     def criterion(self) -> Callable[[Any, Tensor], Tensor]:
         """The training loss, without penalties."""
-        return _smoothed if "label-smoothing" in self.config.extras else nn.functional.cross_entropy
+        return _smoothed if "label-smoothing" in self.config.extra else nn.functional.cross_entropy
 
     def valid_criterion(self) -> Callable[[Any, Tensor], Tensor]:
         """The loss of the validation part."""
@@ -83,11 +83,15 @@ class SelfTuningProblem(ABC):
 
     def penalties(self, model: StnModel) -> dict[str, Regularizer]:
         """What is added to the training loss, each by the name of the hyperparameter that it is proportional to."""
-        return {"weight_decay": WeightDecay("weight_decay", model)} if "weight-decay" in self.config.extras else {}
+        return {"weight_decay": WeightDecay("weight_decay", model)} if "weight-decay" in self.config.extra else {}
 
     def optimizer(self, params: Iterable[Tensor]) -> torch.optim.Optimizer:
         """What trains the weights."""
         return torch.optim.SGD(params, lr=self.config.lr or 0.0, momentum=0.9)
+
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        """What cuts the rate of `optimizer` at the end of an epoch."""
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, list(self.config.lr_drops or ()), gamma=0.2)
 
     def hyper_optimizer(self) -> Callable[[Iterable[Tensor]], torch.optim.Optimizer]:
         """What moves hyperparameters: RMSprop, as for Delta-STN, for every method alike."""
@@ -104,7 +108,7 @@ class SelfTuningProblem(ABC):
 
     def extras(self) -> list[Dimension]:
         """The hyperparameters that were asked for beside those of the network."""
-        return [extra(name) for name in self.config.extras]
+        return [extra(name) for name in self.config.extra]
 
 
 def _smoothed(logits: Tensor, targets: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ class ResponseLearner(Learner):
             optimizer=problem.optimizer,
             hyper_optimizer=hyper_optimizer,
             scale_optimizer=hyper_optimizer,
+            scheduler=problem.scheduler if config.lr_drops else None,
             warmup_epochs=config.warmup,
             train_steps=config.train_steps or 1,
             valid_steps=config.valid_steps,

@@ -10,12 +10,14 @@ import torch
 
 from ... import _checkpoint as checkpoint
 from ..._json_log import JsonLog
+from ..config import ConfigError
 from ..run_folder import CHECKPOINT, LOG
 from ..tune import Interrupted, Progress, usable_device
 from . import contents
 from .config import RESPONSE_METHODS, SEARCHES, Budget, SelfTuneConfig
 from .course import Course, TrainingDiverged
 from .hypernet_learner import HypernetLearner, too_large
+from .language import LanguageProblem
 from .learner import Learner
 from .loop_learner import LoopLearner
 from .pictures import PictureProblem
@@ -60,11 +62,16 @@ def make_problem(config: SelfTuneConfig) -> SelfTuningProblem:
     config = config.resolved()
     with _threads(config):
         device = usable_device(config.device)
-        if config.data == "ptb":
-            from .language import LanguageProblem
-
-            return LanguageProblem(config, device)
-        return PictureProblem(config, device)
+        kind = LanguageProblem if config.data == "ptb" else PictureProblem
+        try:
+            problem: SelfTuningProblem = kind(config, device)
+            problem.model()
+        except (RuntimeError, MemoryError) as error:
+            cause = (str(error).strip().splitlines() or ["no reason given"])[0][:120].rstrip(".")
+            raise ConfigError(
+                f"--width {config.width} or the data set is too large for --device {device}: {cause}."
+            ) from error
+    return problem
 
 
 def self_tune(
@@ -152,7 +159,7 @@ class _Run:
             if not self.log.position:
                 start = {d.name: d.start for d in self.problem.space}
                 self.log.write("config", **_identity(self.config), start=start)
-            for number, method in enumerate(self.config.methods):
+            for number, method in enumerate(self.config.method):
                 if number >= len(self.finished):
                     self._finish(method)
                 self._tell(number + 1, 0.0)
@@ -312,7 +319,7 @@ class _Run:
             return 0  # stopped before anything was worth saving
         state = checkpoint.load(self.path, CHECKPOINT_VERSION)
         try:
-            contents.check_state(state, self.config.methods, [d.name for d in self.problem.space])
+            contents.check_state(state, self.config.method, [d.name for d in self.problem.space])
         except ValueError as error:
             raise checkpoint.CheckpointError(f"{self.path}: is damaged: {error}.") from error
         if state["config"] != _identity(self.config):
