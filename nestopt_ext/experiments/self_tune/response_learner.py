@@ -5,6 +5,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch.autograd.forward_ad as forward_ad
+
 from ...response import DeltaStnTrainer, HyperParameters, ResponseTrainer, StnTrainer
 from .learner import Learner
 from .problem import SelfTuningProblem
@@ -38,7 +40,8 @@ class ResponseLearner(Learner):
             max_norm=problem.max_norm,
             batch_dim=problem.batch_dim,
         )
-        model.train()
+        with forward_ad.dual_level():  # the first one of a process loads modules for a second, which is no training
+            pass
 
     @property
     def hparams(self) -> HyperParameters:
