@@ -15,6 +15,7 @@ from nestopt_ext.hypergrad import LoopDiverged
 from nestopt_ext.response import (
     Hypernetwork,
     HyperParameters,
+    StnDropout,
     current_sample,
     global_hypertrain,
     local_hypertrain,
@@ -159,6 +160,30 @@ def test_chosen_parameters_respond_and_the_others_are_trained_along():
     assert hypernet(torch.zeros(3, 2, dtype=F64))["0.weight"].shape == (3, 4, 3)
 
 
+def test_a_centre_is_what_h_is_counted_from():
+    model, centre = small_net().eval(), torch.tensor([-7.0, 3.0], dtype=F64)
+    shifted = Hypernetwork(model, 2, bottleneck=2, init_std=0.5, centre=centre)
+    plain = Hypernetwork(model, 2, bottleneck=2, init_std=0.5)
+    plain.load_state_dict({name: value for name, value in shifted.state_dict().items() if name != "centre"})
+    h = torch.randn(3, 2, dtype=F64)
+    for name, value in shifted(h + centre).items():
+        torch.testing.assert_close(value, plain(h)[name], rtol=1e-12, atol=1e-12)
+    other = Hypernetwork(model, 2, bottleneck=2, centre=torch.zeros(2, dtype=F64))
+    other.load_state_dict(shifted.state_dict())
+    assert same_bits(other(h)["0.weight"], shifted(h)["0.weight"])
+    centre.zero_()
+    assert shifted.centre.tolist() == [-7.0, 3.0]
+
+
+def test_many_hyperparameters_far_from_zero_start_at_the_weights_of_the_model():
+    model, h = nn.Linear(784, 10), torch.full((7850,), -7.0)
+    weight = model.weight.detach()
+    centred = Hypernetwork(model, 7850, bottleneck=10, centre=h)(h)["weight"].detach()
+    counted_from_zero = Hypernetwork(model, 7850, bottleneck=10)(h)["weight"].detach()
+    assert float((centred - weight).norm() / weight.norm()) < 0.1
+    assert float((counted_from_zero - weight).norm() / weight.norm()) > 3
+
+
 def test_tied_weights_stay_tied():
     class Tied(nn.Module):
         def __init__(self):
@@ -232,6 +257,8 @@ def _mixed():
         (lambda: Hypernetwork(small_net(), 1, init_std=-1.0), ValueError, "init_std must be finite, >= 0; got -1.0"),
         (lambda: Hypernetwork(small_net(), 1, init_std="1"), TypeError, "init_std must be a number; got '1'"),
         (lambda: Hypernetwork(small_net(), 1, bottleneck=1, init_std=0), ValueError, "init_std must be finite and > 0"),
+        (lambda: Hypernetwork(small_net(), 2, centre=[1.0, 2.0]), TypeError, "centre must be a Tensor; got list"),
+        (lambda: Hypernetwork(small_net(), 2, centre=torch.ones(3)), ValueError, r"centre must have shape \(2,\); got"),
         (lambda: Hypernetwork(small_net(), 1, names="0.bias"), TypeError, "names must be a list of names; got the"),
         (lambda: Hypernetwork(small_net(), 1, names=["bias"]), ValueError, "names must be among 0.weight, .*'bias'"),
         (lambda: Hypernetwork(small_net(), 1, names=[]), ValueError, "names must name a parameter that responds"),
@@ -380,6 +407,16 @@ def test_the_warm_up_leaves_the_hyperparameters():
     assert result.history == tuple(seen)
 
 
+def test_frozen_weights_of_the_hypernetwork_stay():
+    hypernet, train_loss, valid_loss, h = linear_problem()
+    hypernet.output.bias.requires_grad_(False)
+    before = copy.deepcopy(hypernet.state_dict())
+    local_hypertrain(hypernet, train_loss, valid_loss, h, num_steps=2)
+    after = hypernet.state_dict()
+    assert same_bits(after["output.bias"], before["output.bias"])
+    assert not torch.equal(after["output.weight"], before["output.weight"])
+
+
 def test_train_steps_and_samples_count():
     hypernet, _, valid_loss, h = linear_problem()
     points = []
@@ -416,6 +453,36 @@ def test_points_at_once_are_points_one_by_one():
         found.append([h.detach(), *hypernet.parameters()])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_loss_that_vmap_cannot_see_through_says_what_to_do():
+    hypernet, _, valid_loss, h = linear_problem()
+
+    def train_loss(params, h):
+        return (params["weight"] ** 2).sum() * h.item()
+
+    with pytest.raises(RuntimeError, match=r"local_hypertrain: train_loss must go through .*Pass vectorize=False"):
+        local_hypertrain(hypernet, train_loss, valid_loss, h, num_steps=1, num_samples=2)
+    local_hypertrain(hypernet, train_loss, valid_loss, h, num_steps=1, num_samples=2, vectorize=False)
+
+
+def test_points_draw_dropout_masks_of_their_own():
+    hparams = HyperParameters(dtype=F64).add("rate", 0.5, low=0, high=0.9)
+    model = nn.Sequential(nn.Linear(1, 1, bias=False, dtype=F64), StnDropout("rate"))
+    hypernet, masks = Hypernetwork(model, 1), []
+
+    def train_loss(params, values):
+        answers = functional_call(model, params, (torch.ones(200, 1, dtype=F64),))
+        masks.append(answers != 0)
+        return answers.mean()
+
+    options = {"num_train_steps": 1, "num_hyper_steps": 0, "sample": lambda count: torch.zeros(count, 1, dtype=F64)}
+    torch.manual_seed(0)
+    result = global_hypertrain(hypernet, train_loss, train_loss, hparams, num_samples=1, **options)
+    assert 0.3 < float(masks[0].double().mean()) < 0.8  # kept with 1 - 0.45
+    weight = hypernet(torch.zeros(1, dtype=F64))["0.weight"].item()
+    result = global_hypertrain(hypernet, train_loss, train_loss, hparams, num_samples=400, **options)
+    assert result.history[0].train_loss == pytest.approx(weight, rel=0.02)  # masks that were the same would miss it
 
 
 @pytest.mark.parametrize("kind", ["list", "loader", "function"])

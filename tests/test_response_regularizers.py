@@ -12,26 +12,17 @@ from nestopt_ext.response import (
     DeltaStnLinear,
     HyperParameters,
     LabelSmoothing,
+    StnConv2d,
+    StnEmbedding,
     StnLinear,
+    StnLSTM,
     StnModel,
     WeightDecay,
 )
-from nestopt_ext.response._layer import Response, StnLayer
+from nestopt_ext.response._layer import StnLayer
 from nestopt_ext.response.label_smoothing import smoothed_cross_entropy
 
 DOUBLE = {"dtype": torch.float64}
-
-
-class Table(nn.Embedding, StnLayer):
-    """A layer whose gates lie along the second dimension of its weight."""
-
-    def __init__(self):
-        super().__init__(7, 4, **DOUBLE)
-        self.response_weight = nn.Parameter(torch.randn(7, 4, **DOUBLE))
-        self.gate_weight = nn.Parameter(torch.randn(4, 2, **DOUBLE))
-
-    def responses(self):
-        yield Response("weight", self.weight, self.response_weight, self.gate_weight, dim=1)
 
 
 def network(linear=StnLinear, n=2):
@@ -96,13 +87,24 @@ def test_weight_decay_is_its_definition_with_weights_of_their_own_for_each_examp
         torch.testing.assert_close(mine, true, rtol=1e-11, atol=1e-13)
 
 
-def test_gates_may_lie_along_any_dimension():
-    model = model_of(nn.Sequential(Table()))
+LAYERS = {
+    "convolution": (lambda: StnConv2d(3, 4, 3, num_hparams=2, **DOUBLE), 112),
+    "embedding": (lambda: StnEmbedding(7, 4, num_hparams=2, **DOUBLE), 28),
+    "lstm": (lambda: StnLSTM(3, 2, 2, bidirectional=True, num_hparams=2, **DOUBLE), 2 * (8 * 3 + 8 * 4 + 2 * 16) + 64),
+}
+
+
+@pytest.mark.parametrize(("layer", "weights"), LAYERS.values(), ids=LAYERS)
+def test_every_response_layer_decays_with_its_gates(layer, weights):
+    model = model_of(layer())
+    for name, parameter in model.module.named_parameters():
+        if name.startswith("gate_weight"):
+            nn.init.normal_(parameter)
     h = model.hparams.perturbed(5).detach()
     with model.at(h) as sample:
-        found = WeightDecay("decay")(model)
-    decay = sample.values["decay"].unsqueeze(1).expand(-1, 28)
-    torch.testing.assert_close(found, by_definition(model, h, decay, False), rtol=1e-12, atol=0)
+        found = WeightDecay("decay", bias=True)(model)
+    decay = sample.values["decay"].unsqueeze(1).expand(-1, weights)
+    torch.testing.assert_close(found, by_definition(model, h, decay, True), rtol=1e-12, atol=0)
 
 
 def test_strength_zero_and_the_centre():

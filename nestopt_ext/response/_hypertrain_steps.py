@@ -135,10 +135,22 @@ def train(level: Level, hypernet: Hypernetwork, point: Point, points: Tensor, *,
         if len(points) == 1:
             loss = at(hypernet(points[0]), points[0])
         elif vectorize:
-            loss = torch.func.vmap(at, randomness="different")(hypernet(points), points).mean()
+            loss = _at_once(level.caller, at, hypernet(points), points).mean()
         else:
             loss = torch.stack([at(hypernet(h), h) for h in points]).mean()
         return level.descend(loss)
+
+
+def _at_once(caller: str, loss: Callable[..., Tensor], params: dict[str, Tensor], points: Tensor) -> Tensor:
+    """The loss of each point, [M]."""
+    try:
+        losses: Tensor = torch.func.vmap(loss, randomness="different")(params, points)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{caller}: train_loss must go through torch.func.vmap, all points at once; it raised: {error}"
+            " Pass vectorize=False to take them one by one."
+        ) from error
+    return losses
 
 
 def tune(level: Level, hypernet: Hypernetwork, point: Point) -> float:

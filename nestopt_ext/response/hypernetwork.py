@@ -21,8 +21,8 @@ _CALLER = "Hypernetwork"
 class Hypernetwork(nn.Module):
     r"""Weights of ``model`` as a function of hyperparameters: the best response, learned.
 
-    .. math:: w_\phi(\lambda) = A\, t(\lambda) + a, \qquad
-              t = \lambda, \quad \text{or hidden layers of ReLU units, or } B \lambda + b \text{ through a bottleneck}
+    .. math:: w_\phi(\lambda) = A\, t(\lambda - \lambda_0) + a, \qquad
+              t(x) = x, \quad \text{or hidden layers of ReLU units, or } B x + b \text{ through a bottleneck}
 
     Without ``hidden`` and ``bottleneck`` this is linear: the tangent plane of the response, with
     (num_hparams + 1) P weights for the P of the model. ``bottleneck=k`` makes A k columns wide, (num_hparams + 1) k +
@@ -37,6 +37,9 @@ class Hypernetwork(nn.Module):
         bottleneck: width of a linear layer before the last one; None for none.
         init_std: A, B, b and the hidden layers start as normal numbers of this standard deviation, a at the weights of
             the model. 0 for a linear one that starts as constant.
+        centre: :math:`\lambda_0` [n], a constant that h is counted from; None for zero. Where hyperparameters begin far
+            from zero, as logarithms do, give where: the fit of a slope is badly conditioned away from the centre, and
+            through a bottleneck the start of many hyperparameters would add up to weights far from the model's.
         names: which parameters respond, by their names in ``model.named_parameters()``; None for all that require
             grad. The others are copied into ``shared``, are trained along and are the same at every h.
 
@@ -66,6 +69,8 @@ class Hypernetwork(nn.Module):
     {'weight': (5, 10, 784), 'bias': (5, 10)}
     """
 
+    centre: Tensor | None
+
     def __init__(
         self,
         model: nn.Module,
@@ -74,6 +79,7 @@ class Hypernetwork(nn.Module):
         hidden: Sequence[int] = (),
         bottleneck: int | None = None,
         init_std: float = 0.01,
+        centre: Tensor | None = None,
         names: Iterable[str] | None = None,
     ) -> None:
         super().__init__()
@@ -83,6 +89,7 @@ class Hypernetwork(nn.Module):
         responding, shared = _chosen(model, names)
         like = next(iter(responding.values()))
         self.num_hparams = num_hparams
+        self.register_buffer("centre", _checked_centre(centre, num_hparams, like))
         self._model = (model,)  # in a tuple it is no submodule
         self._shapes = {name: p.shape for name, p in responding.items()}
         self._shared_names = tuple(shared)
@@ -107,7 +114,7 @@ class Hypernetwork(nn.Module):
     def forward(self, h: Tensor) -> dict[str, Tensor]:
         """The parameters at ``h``, [n] or [B, n]: {name: [*shape] or [B, *shape]}, with a graph to h."""
         self._check_point(h)
-        flat = self.output(self.trunk(h))
+        flat = self.output(self.trunk(h if self.centre is None else h - self.centre))
         lead = h.shape[:-1]
         parts = flat.split([shape.numel() for shape in self._shapes.values()], dim=-1)
         made = {n: part.view((*lead, *shape)) for (n, shape), part in zip(self._shapes.items(), parts, strict=True)}
@@ -190,6 +197,16 @@ def _checked_widths(hidden: Sequence[int], bottleneck: int | None) -> list[int]:
     if bottleneck is not None:
         check_count(_CALLER, "bottleneck", bottleneck, 1)
     return [*hidden, *([] if bottleneck is None else [bottleneck])]
+
+
+def _checked_centre(centre: Tensor | None, num_hparams: int, like: Tensor) -> Tensor | None:
+    if centre is None:
+        return None
+    if not isinstance(centre, Tensor):
+        raise TypeError(f"{_CALLER}: centre must be a Tensor; got {_lists.value_name(centre)}.")
+    if centre.shape != (num_hparams,):
+        raise ValueError(f"{_CALLER}: centre must have shape ({num_hparams},); got {tuple(centre.shape)}.")
+    return centre.detach().to(like, copy=True)
 
 
 def _check_init_std(init_std: float, *, starts_stuck: bool) -> None:

@@ -104,7 +104,7 @@ def global_hypertrain(
     point = Point(caller, hypernet, hparams)
     draw = sampler(caller, point, sample)
     diary = Diary(caller, point, record_every, patience, callbacks)
-    weights = ("the parameters of hypernet", list(hypernet.parameters()))
+    weights = ("the parameters of hypernet", [p for p in hypernet.parameters() if p.requires_grad])
     lower = level(caller, "train", train_loss, train_batches, weights, optimizer, _adam)
     upper = level(caller, "valid", valid_loss, valid_batches, ("hparams", [point.vector]), hyper_optimizer, _adam)
     with closing(ProgressBar(num_train_steps + num_hyper_steps, shown=progress)) as bar:
@@ -185,7 +185,7 @@ def local_hypertrain(
     point = Point(caller, hypernet, hparams)
     near = neighbours(caller, point, sigma)
     diary = Diary(caller, point, record_every, patience, callbacks)
-    weights = ("the parameters of hypernet", list(hypernet.parameters()))
+    weights = ("the parameters of hypernet", [p for p in hypernet.parameters() if p.requires_grad])
     lower = level(caller, "train", train_loss, train_batches, weights, optimizer, _slow_sgd)
     upper = level(caller, "valid", valid_loss, valid_batches, ("hparams", [point.vector]), hyper_optimizer, _fast_adam)
     with closing(ProgressBar(num_steps, shown=progress)) as bar:

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._layer import StnLayer
+from ._layer import StnLayer, gates_of
 from ._sample import current_sample, current_value
 from .hyper_parameters import HyperParameters
 
@@ -98,7 +97,7 @@ class _Weight:
         if self.direction is None or self.gate_weight is None or gate_input is None:
             return total
         v = self._rows(self.direction)
-        s = F.linear(gate_input, self.gate_weight).to(w.dtype)
+        s = gates_of(gate_input, self.gate_weight).to(w.dtype)
         return total + (2 * s * _row_sums(w, v, weights) + s.square() * _row_sums(v, v, weights)).sum(1)
 
     def _rows(self, t: Tensor) -> Tensor:
