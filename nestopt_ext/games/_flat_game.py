@@ -63,7 +63,7 @@ class FlatGame:
 
     def tensors(self, flat: Tensor) -> TensorList:
         """The players' tensors with leading dimension B, views of ``flat`` where it has their dtype."""
-        parts = flat.split(self._counts, dim=1)
+        parts = torch.split(flat, self._counts, dim=1)
         triples = zip(parts, self._shapes, self._players.tensors, strict=True)
         return [part.reshape(flat.shape[0], *shape).to(like) for part, shape, like in triples]
 

@@ -82,7 +82,7 @@ class Players:
         return self._container([structure.pack(list(flat[own])) for structure, own in pairs])
 
     def call(self, function: Callable[[Any], Any], flat: Sequence[Tensor]) -> Any:
-        """``function`` of the players with other tensors in them; a module is itself, and holds them during the call."""
+        """``function`` of the players with other tensors in them; a module stays itself, and holds them meanwhile."""
         parts = [structure.pack(list(flat[own])) for structure, own in zip(self._structures, self.slices, strict=True)]
         seated: dict[str, Tensor] = {}
         for i, module in self._modules.items():

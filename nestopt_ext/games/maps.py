@@ -1,4 +1,4 @@
-r"""What an optimizer does to a game, as a map of states: the object whose iterates, Jacobians and exponents are studied.
+r"""What an optimizer does to a game, as a map of states whose iterates, Jacobians and exponents can be studied.
 
 A state is one tensor [B, S], a row for each of B independent starts: the players' parameters one after the other, and
 behind them the buffers of the optimizer, if it has any. All players step at once. With :math:`\xi` the simultaneous
@@ -209,7 +209,7 @@ def momentum_map(game: Game, lr: float | Tensor, momentum: complex) -> Optimizer
         if not turning:
             buffer = beta.real * buffers + gradient
             return [parameters - lr * buffer, buffer]
-        real, imaginary = buffers.split(flat.size, dim=1)
+        real, imaginary = torch.split(buffers, flat.size, dim=1)
         turned = beta.real * real - beta.imag * imaginary + gradient
         return [parameters - lr * turned, turned, beta.real * imaginary + beta.imag * real]
 

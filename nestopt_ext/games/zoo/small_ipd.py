@@ -28,7 +28,8 @@ class SmallIpd(ZooGame):
 
     def losses(self, players: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The discounted cost of each player, as a mean over the rounds: 1 for cooperation, 2 for defection."""
-        return small_ipd_losses(*players, self.discount)
+        first, second = players
+        return small_ipd_losses(first, second, self.discount)
 
 
 class Mix(ZooGame):
@@ -43,7 +44,8 @@ class Mix(ZooGame):
 
     def losses(self, players: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The weighted sum of both games' losses, for each player."""
-        pairs = zip(pennies_losses(*players), small_ipd_losses(*players, self.discount), strict=True)
+        first, second = players
+        pairs = zip(pennies_losses(first, second), small_ipd_losses(first, second, self.discount), strict=True)
         return tuple(self.tau * pennies + (1 - self.tau) * dilemma for pennies, dilemma in pairs)
 
 
