@@ -34,7 +34,7 @@ class Polynomial:
         self.players = [torch.zeros(1, dim, dtype=torch.float64, requires_grad=True)]
 
     def losses(self, players: Sequence[Tensor]) -> tuple[Tensor]:
-        """f at each of B points, (B,)."""
+        """F at each of B points, (B,)."""
         squares = (players[0] @ self.rotation).square()
         total = squares.sum(-1)
         pairs = (total.square() - squares.square().sum(-1)) / 2

@@ -19,7 +19,7 @@ from .report import findings
 from .results import Ends, RideResult
 from .rivals import descend
 from .studies import make_study
-from .study import Rival, Study
+from .study import Rival
 
 #: Seconds of riding between checkpoints; an interrupt writes one at once.
 _CHECKPOINT_SECONDS = 10.0

@@ -5,7 +5,7 @@ The network is :math:`f(x) = v \cdot \mathrm{softplus}(W x + b) + c` on `shapes_
 most symmetries. Its gradient vanishes, because the classes are equally frequent and have the same mean, and
 the Hessian there is, for each unit's row of W,
 
-.. math:: -\tfrac{v}{8} \left( \mathbb{E}[x x^\top \mid 1] - \mathbb{E}[x x^\top \mid 0] \right),
+.. math:: -\tfrac{v}{16} \left( \mathbb{E}[x x^\top \mid 1] - \mathbb{E}[x x^\top \mid 0] \right),
 
 which has no entries between channels. So each of its negative eigenvalues belongs to the shape of class 1 in one
 channel, once for each unit, the steepest to the channel of most contrast. Descent from anywhere near falls into that

@@ -100,7 +100,7 @@ def toy_study(config: RideConfig) -> Study:
         """As many descents as cost what the ride did."""
         return max(1, gradients(archive) // (_COSTS[c.optimizer] * c.steps))
 
-    own = () if c.optimizer == "sgd" else (Rival(f"{c.optimizer}, same starts", step, c.steps, lambda _: step.start(starts)),)
+    own = (Rival(f"{c.optimizer}, same starts", step, c.steps, lambda _: step.start(starts)),)
     std = max(c.branch_sizes) / math.sqrt(step.num_parameters)
     return Study(
         title=game.title,
@@ -116,7 +116,7 @@ def toy_study(config: RideConfig) -> Study:
         gradients=gradients,
         rivals=(
             Rival("gradient descent, same starts", plain, c.steps, lambda _: plain.start(starts)),
-            *own,
+            *(own if c.optimizer != "sgd" else ()),
             Rival(
                 "noise at the branchings",
                 step,
@@ -134,7 +134,7 @@ def toy_study(config: RideConfig) -> Study:
 
 
 def exponent_gradients(config: RideConfig, size: int) -> int:
-    """Gradient evaluations in the derivative of an exponent: k steps, a product for each row of every Jacobian, twice."""
+    """Gradient evaluations of an ascent: k steps, a product for each row of each Jacobian, and as much again back."""
     return 2 * (config.exponent_steps or 0) * (1 + 2 * size)
 
 
@@ -142,4 +142,4 @@ def _name(known: Sequence[Known], distance: float, key: Tensor) -> str:
     for solution in known:
         if float((key - torch.tensor(solution.losses, dtype=key.dtype)).norm()) <= distance:
             return solution.name
-    return "unnamed"
+    return f"({', '.join(f'{loss:.2f}' for loss in key.tolist())})"
