@@ -15,7 +15,7 @@ from .space import EXTRAS
 
 RESPONSE_METHODS = ("delta-stn", "centred", "stn")
 SEARCHES = ("random", "tpe", "gp", "grid")
-METHODS = (*RESPONSE_METHODS, "hypernet", "ift", *SEARCHES)
+METHODS = (*RESPONSE_METHODS, "hypernet", "ift", "fixed", *SEARCHES)
 DATA = (*data.NAMES, "ptb")
 MODELS = (*models.NAMES, "lstm")
 
