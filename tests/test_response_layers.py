@@ -107,6 +107,17 @@ def test_output_and_gradients_are_those_of_the_definition(case, dtype, rows):
 
 
 @each_case
+def test_one_stacked_product_gives_what_two_give(case):
+    layer, x = make(case)
+    h = torch.randn(B, N, dtype=x.dtype, requires_grad=True)
+    sources = [x.requires_grad_(), h, *layer.parameters()]
+    two = with_gradients([layer(x, h)], sources)
+    assert layer.stacked is (False if getattr(layer, "groups", 1) > 1 else None)
+    layer.stacked = layer.stacked is None
+    assert_close(with_gradients([layer(x, h)], sources), two, x.dtype)
+
+
+@each_case
 def test_a_vector_is_one_row_and_the_sample_is_as_good_as_the_argument(case):
     layer, x = make(case)
     h = torch.randn(B, N, dtype=x.dtype)

@@ -24,8 +24,9 @@ class StnAffine(StnLayer):
     gate_std = 0.01
     #: Where the outputs lie that have a gate each, counted from the last dimension.
     channel_dim: int
-    #: Products with W and V as one of twice as many outputs.
-    stacked = True
+    #: Whether the products with W and V are one of twice as many outputs. None: where the input is not on a CPU, on
+    #: which copying the weights behind each other takes longer than one product instead of two saves.
+    stacked: bool | None = None
 
     weight: Tensor
     bias: Any  # a Parameter or None
@@ -72,7 +73,7 @@ class StnAffine(StnLayer):
         if len(h) == 1:  # one plain layer serves all examples
             at = {response.name: response.at(h[0]) for response in self.responses()}
             return self.product(input, at["weight"], at.get("bias"))
-        if self.stacked:
+        if not input.is_cpu if self.stacked is None else self.stacked:
             plain = self.product(input, torch.cat([self.weight, self.response_weight]), None)
             return self._gated(plain, None, h, self.bias)
         plain = self.product(input, self.weight, None)
