@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 from . import _ops, _reference
@@ -237,14 +238,23 @@ def _halves(plain: Tensor | None, response: Tensor | None, channel_dim: int) -> 
     return first, second
 
 
-def _stn_gate(*arguments: Any) -> Tensor:
-    result: Tensor = _StnGate.apply(*arguments)  # type: ignore[no-untyped-call]
+def _apply(function: Any, *arguments: Any) -> Tensor:
+    """``function.apply``, which binds its arguments to a signature that it looks up, without that: it takes three times
+    as long as all else. A transform of ``torch.func`` must have the whole of it.
+    """
+    if torch._C._are_functorch_transforms_active():
+        result: Tensor = function.apply(*arguments)
+    else:
+        result = super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(arguments))
     return result
+
+
+def _stn_gate(*arguments: Any) -> Tensor:
+    return _apply(_StnGate, *arguments)
 
 
 def _stn_gate_sums(*arguments: Any) -> Tensor:
-    result: Tensor = _StnGateSums.apply(*arguments)  # type: ignore[no-untyped-call]
-    return result
+    return _apply(_StnGateSums, *arguments)
 
 
 def _is_watched(grad: Tensor) -> bool:
@@ -279,7 +289,8 @@ class _StnGate(torch.autograd.Function):
         if _any_legacy_batched(plain, response, gates, bias, response_bias):
             return _reference.stn_gate(plain, response, gates, bias, response_bias, batch_dim, channel_dim)
         out = torch.empty_like(response)
-        gates = gates.expand(out.shape[batch_dim], -1)
+        if len(gates) != out.shape[batch_dim]:
+            gates = gates.expand(out.shape[batch_dim], -1)
         _ops.stn_gate_(out, plain, response, gates, bias, response_bias, batch_dim=batch_dim, channel_dim=channel_dim)
         return out
 
@@ -300,9 +311,9 @@ class _StnGate(torch.autograd.Function):
             return (None,) * 7
         plain, response, *coefficients = ctx.needs_input_grad[:5]
         scaled = plain if ctx.is_stacked else response
-        gradients = _composed if _is_watched(grad) else _fused
-        of_data, sums = gradients(ctx, grad, scaled, any(coefficients))
-        of_coefficients = _of_coefficients(ctx, sums) if sums is not None else (None,) * 3
+        watched = _is_watched(grad)
+        of_data, sums = (_composed if watched else _fused)(ctx, grad, scaled, any(coefficients))
+        of_coefficients = (None,) * 3 if sums is None else _of_coefficients(ctx, sums, watched)
         if ctx.is_stacked:
             return of_data, None, *of_coefficients, None, None
         return grad if plain else None, of_data, *of_coefficients, None, None
@@ -374,8 +385,10 @@ def _fused(ctx: Any, grad: Tensor, scaled: bool, summed: bool) -> tuple[Tensor |
     return of_data, sums if summed else None
 
 
-def _of_coefficients(ctx: Any, sums: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of gates, bias and response bias from the sums over positions."""
+def _of_coefficients(ctx: Any, sums: Tensor, is_watched: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of gates, bias and response bias from the sums over positions, which serve as memory for them
+    where nobody watches.
+    """
     _, gates, response_bias = ctx.saved_tensors
     gates_needed, bias_needed, response_bias_needed = ctx.needs_input_grad[2:5]
     of_gates = of_bias = of_response_bias = None
@@ -385,12 +398,14 @@ def _of_coefficients(ctx: Any, sums: Tensor) -> tuple[Tensor | None, Tensor | No
     if response_bias_needed:
         of_response_bias = (gates.chunk(2, 1)[1] * of_shift).sum(0).to(response_bias.dtype)
     if gates_needed:
-        halves = [of_response]
-        if response_bias is not None:
-            halves.append(of_shift * response_bias)
-        elif gates.shape[1] == sums.shape[1]:
-            halves.append(torch.zeros_like(of_shift))
-        of_gates = torch.cat(halves, 1) if len(halves) > 1 else of_response
+        of_gates = of_response
+        if gates.shape[1] == sums.shape[1]:
+            factor = torch.zeros_like(of_shift[:1]) if response_bias is None else response_bias
+            if is_watched:
+                of_gates = torch.cat([of_response, of_shift * factor], 1)
+            else:
+                of_shift.mul_(factor)
+                of_gates = sums
         of_gates = (of_gates.sum(0, keepdim=True) if len(gates) != len(sums) else of_gates).to(gates.dtype)
     return of_gates, of_bias, of_response_bias
 
