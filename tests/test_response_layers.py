@@ -355,8 +355,20 @@ def test_one_example_without_a_dimension_for_it(name):
     h = torch.randn(N, dtype=x.dtype)
     torch.testing.assert_close(layer(x[0]), layer(x)[0])
     torch.testing.assert_close(layer(x[0], h), layer(x, h)[0])
+    with forward_ad.dual_level(), using(Sample(h[None], {}, linearized=True)):
+        y = forward_ad.unpack_dual(layer(x[0]))
+    torch.testing.assert_close(y.tangent, layer(x[0], h) - layer(x[0]))
     with pytest.raises(ValueError, match=r"must have shape \(3,\), \(1, 3\); got \(4, 3\)"):
         layer(x[0], torch.randn(B, N, dtype=x.dtype))
+
+
+def test_one_word_without_a_dimension_for_examples():
+    for layer, words in (embedding(), embedding(batch_dim=1)):
+        word, h = words[0, 0] if layer.batch_dim == 0 else words[:, 0], torch.randn(N, dtype=torch.float64)
+        wanted = F.embedding(word, next(layer.responses()).at(h))
+        torch.testing.assert_close(layer(word, h), wanted)
+        with forward_ad.dual_level(), using(Sample(h[None], {}, linearized=True)):
+            torch.testing.assert_close(sum(forward_ad.unpack_dual(layer(word))), wanted)
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d", "linear-time-first"])

@@ -28,10 +28,16 @@ class Response:
 
     def at(self, gate_input: Tensor) -> Tensor:
         """The parameter of the plain layer at one gate input, [n]."""
+        return torch.addcmul(self.centre, self._gates(gate_input), self.direction)
+
+    def along(self, gate_input: Tensor) -> Tensor:
+        """How that parameter moves from the centre: what `at` adds to it."""
+        return self._gates(gate_input) * self.direction
+
+    def _gates(self, gate_input: Tensor) -> Tensor:
         shape = [1] * self.centre.dim()
         shape[self.dim] = -1
-        gates = gates_of(gate_input, self.gate_weight).reshape(shape)
-        return torch.addcmul(self.centre, gates, self.direction)
+        return gates_of(gate_input, self.gate_weight).reshape(shape)
 
 
 class StnLayer(nn.Module):

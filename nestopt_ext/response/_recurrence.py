@@ -37,11 +37,12 @@ def linearized(
     at = trajectory(inputs, h_0, c_0, _addmm(hh[0].centre))
     if h is None and dx is None and dh is None and dc is None:
         return at.h, (at.h[-1], at.c[-1])
-    moved = torch.zeros_like(inputs) if dx is None else F.linear(dx, ih[0].centre)
+    moved = None if dx is None else F.linear(dx, ih[0].centre)
     if h is not None:
         bias = _sum([gates_of(h, b.gate_weight) * b.direction for b in ih[1:] + hh[1:]])
         moved = _add(moved, F.linear(x, ih[0].direction), gates_of(h, ih[0].gate_weight), bias)
         moved = _add(moved, F.linear(at.before[0], hh[0].direction), gates_of(h, hh[0].gate_weight), None)
+    moved = torch.zeros_like(inputs) if moved is None else moved
     dhs, dc = tangents(at, moved, dh, dc, hh[0].centre)
     return join(at.h, torch.stack(dhs)), (join(at.h[-1], dhs[-1]), join(at.c[-1], dc))
 
@@ -133,12 +134,12 @@ def tangents(
     return found, dc
 
 
-def _add(plain: Tensor, response: Tensor, gates: Tensor, bias: Tensor | None) -> Tensor:
+def _add(plain: Tensor | None, response: Tensor, gates: Tensor, bias: Tensor | None) -> Tensor:
     """Sums plain + gates * response + bias, [T, B, 4H], with a row of gates and of the bias for each example."""
     if bias is None:
-        return stn_gate(plain, response, gates.to(plain.dtype), batch_dim=1)
-    both = torch.cat([gates, bias], 1).to(plain.dtype)  # the bias as a gate of ones
-    return stn_gate(plain, response, both, None, plain.new_ones(response.shape[-1]), batch_dim=1)
+        return stn_gate(plain, response, gates.to(response), batch_dim=1)
+    both = torch.cat([gates, bias], 1).to(response)  # the bias as a gate of ones
+    return stn_gate(plain, response, both, None, response.new_ones(response.shape[-1]), batch_dim=1)
 
 
 def _addmm(weight: Tensor) -> Callable[[Tensor, Tensor], Tensor]:

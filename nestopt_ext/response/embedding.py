@@ -99,11 +99,9 @@ class StnEmbedding(StnLayer, nn.Embedding):
         )
         if mask is not None:
             response = response * mask
-        gates = gates_of(h, self.gate_weight).to(response.dtype)
         if linearized:
-            tangent = stn_gate(torch.zeros_like(response), response, gates, batch_dim=self.batch_dim)
-            return join(embedded, tangent)
-        return stn_gate(embedded, response, gates, batch_dim=self.batch_dim)
+            return join(embedded, self._gated(None, response, h))
+        return self._gated(embedded, response, h)
 
     def responses(self) -> Iterator[Response]:
         """The table; a gate for each of its columns."""
@@ -112,6 +110,12 @@ class StnEmbedding(StnLayer, nn.Embedding):
     def extra_repr(self) -> str:
         """The torch layer's, and the number of hyperparameters."""
         return f"{super().extra_repr()}, num_hparams={self.num_hparams}"
+
+    def _gated(self, plain: Tensor | None, response: Tensor, h: Tensor) -> Tensor:
+        gates = gates_of(h, self.gate_weight).to(response)
+        if len(gates) != 1:
+            return stn_gate(plain, response, gates, batch_dim=self.batch_dim)
+        return gates[0] * response if plain is None else torch.addcmul(plain, gates[0], response)
 
     def _mask(self, input: Tensor, examples: int | None) -> Tensor | None:
         """0 where the word of an index is dropped, 1 / (1 - rate) where it stays, [*input.shape, 1]."""
