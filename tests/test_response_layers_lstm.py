@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nestopt_ext.response import DeltaStnLSTM, StnLSTM
 from nestopt_ext.response._sample import Sample, using
+from nestopt_ext.response.dropconnect import dropped_weight
 
 N, T, B, IN, H = 3, 4, 3, 3, 2
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -109,7 +110,8 @@ def test_output_and_gradients_are_those_of_the_definition(options, dtype, rows):
     assert_close(found, with_gradients(defined(lstm, dict(lstm.named_parameters()), x, state, h), sources), dtype)
     if rows == 1:
         lstm.fused = True
-        assert_close(with_gradients(flat(lstm(x, state, h)), sources), found, dtype)
+        for training in (True, False):
+            assert_close(with_gradients(flat(lstm.train(training)(x, state, h)), sources), found, dtype)
 
 
 @each_option
@@ -216,7 +218,7 @@ def test_dropped_weights_are_those_of_a_plain_lstm_with_dropped_weights(options,
     at = {r.name: r.at(sample.gate_input[0]) for r in lstm.responses()}
     torch.manual_seed(3)
     for name in [name for name in at if name.startswith("weight_hh")]:
-        at[name] = at[name] * (torch.rand_like(at[name]) >= 0.4) / 0.6
+        at[name] = dropped_weight(at[name], p=torch.tensor(0.4, dtype=x.dtype))[0]
     assert_close(found, flat(functional_call(plain, at, (x, state))))
     lstm.eval()
     with using(sample):
@@ -271,7 +273,8 @@ def test_copies_pickles_state_dicts_and_conversions(options):
         for answer in (lstm(x.float(), states, half), lstm(x.float(), states)):
             assert all(t.dtype == torch.bfloat16 for t in flat(answer))
         with forward_ad.dual_level(), using(Sample(half, {}, linearized=True)):
-            dual = [forward_ad.unpack_dual(t) for t in flat(lstm(x.float(), states))]
+            moving = tuple(forward_ad.make_dual(s, torch.ones_like(s)) for s in states)
+            dual = [forward_ad.unpack_dual(t) for t in flat(lstm(x.float(), moving))]
         assert all(t.primal.dtype == t.tangent.dtype == torch.bfloat16 for t in dual)
         assert (lstm(x.float(), states, half)[0] - wanted[0]).abs().max() < 0.1
 
@@ -332,6 +335,11 @@ def test_what_makes_no_call_is_refused():
     with pytest.raises(RuntimeError, match="StnLSTM: must be called with a sample"):
         lstm(x)
     with using(Sample(None, {})), pytest.raises(KeyError, match="rate"):
+        lstm(x)
+    with (
+        using(Sample(None, {"rate": torch.zeros(1, 2)})),
+        pytest.raises(ValueError, match=r"'rate' must be one number"),
+    ):
         lstm(x)
 
 
