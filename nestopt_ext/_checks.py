@@ -179,9 +179,15 @@ class ListCheck:
             raise ValueError(f"{self.op}: {name} must {rule}; got shape {_shape(t)}.")
 
     def operand(
-        self, name: str, t: Tensor, like: tuple[str, Tensor], dtypes: Mapping[torch.dtype, tuple[torch.dtype, ...]]
+        self,
+        name: str,
+        t: Tensor,
+        like: tuple[str, Tensor],
+        dtypes: Mapping[torch.dtype, tuple[torch.dtype, ...]],
+        *,
+        written: bool = False,
     ) -> None:
-        """A tensor of a shape of its own beside another one, whose dtype tells those allowed here; only read."""
+        """A tensor of a shape of its own beside another one, whose dtype tells those allowed here."""
         other, lead = like
         self._strided(name, t)
         if t.device != lead.device:
@@ -191,7 +197,10 @@ class ListCheck:
                 f"{self.op}: {name} must be {_either(dtypes[lead.dtype])} beside {other} of {_name(lead.dtype)};"
                 f" got {_name(t.dtype)}."
             )
-        self._items.append((name, t, False))
+        if written:
+            self._may_write(name, t)
+        else:
+            self._items.append((name, t, False))
 
     def row_numbers(self, name: str, t: Tensor, like: tuple[str, Tensor]) -> None:
         """A number, float32 or float64, for each row of the leading tensor; only read."""

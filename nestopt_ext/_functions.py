@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import forward_ad
 
 from . import _ops, _reference
 
@@ -146,7 +148,7 @@ class _SoftmaxHessian(torch.autograd.Function):
 
 
 def stn_gate(
-    plain: Tensor,
+    plain: Tensor | None,
     response: Tensor | None,
     gates: Tensor,
     bias: Tensor | None = None,
@@ -155,24 +157,304 @@ def stn_gate(
     batch_dim: int = 0,
     channel_dim: int = -1,
 ) -> Tensor:
-    r"""Sums plain + bias + gates_w * response + gates_b * response_bias, gates of its own for each example."""
+    r"""The output of a layer whose weights respond to hyperparameters, from its two products, with gates of its own for
+    each example: :math:`y = (Wx + b) + s_w \odot (Vx) + s_b \odot c`.
+
+    ``plain`` (W x) and ``response`` (V x) are of one shape [..., B, ..., D, ...], in which ``batch_dim`` has the B
+    examples and ``channel_dim``, after it, the D channels: [B, ..., D] of a linear layer, [B, D, ...] of a convolution.
+    With ``response=None``, ``plain`` is both, stacked along the channels, [..., B, ..., 2 D, ...]: the result of one
+    product with W and V stacked. With ``plain=None`` it is zero. ``gates`` (s = [s_w, s_b]) is [B, 2 D], or [1, 2 D]
+    for all examples alike; the second half is of no effect and may be left out without ``response_bias`` (c) [D].
+    ``bias`` (b) is [D].
+
+    Products are float32, float64, bfloat16 or float16; gates and biases have their dtype, or float32 beside 16 bits;
+    arithmetic on 16 bits is in float32. Returns a new tensor like ``response``; nothing is modified. Differentiable to
+    any order in all five, in reverse and forward mode, and under ``torch.func``. Saves the response, the gates and
+    ``response_bias`` for that, and no product of them.
+
+    This is the layer of Self-Tuning Networks (MacKay et al., 2019, section 3.1), where it is two layers and products
+    of their outputs. Raises TypeError or ValueError for bad arguments. Under ``torch.compile``, which takes no
+    functions with a forward-mode derivative of their own, these are PyTorch's operations, for it to fuse.
+
+    >>> import torch
+    >>> x = torch.tensor([[1.0, 10.0], [1.0, 10.0]])     # one channel: W x = 1, V x = 10
+    >>> gates = torch.tensor([[0.5, 0.0], [2.0, 3.0]])
+    >>> stn_gate(x, None, gates, torch.tensor([100.0]), torch.tensor([1000.0]))
+    tensor([[ 106.],
+            [3121.]])
+    """
+    dims = _check_stn_gate(plain, response, gates, bias, response_bias, batch_dim, channel_dim)
+    if torch.compiler.is_compiling():
+        return _reference.stn_gate(*_halves(plain, response, dims[1]), gates, bias, response_bias, *dims)
+    return _stn_gate(plain, response, gates, bias, response_bias, *dims)
+
+
+def _check_stn_gate(
+    plain: Tensor | None,
+    response: Tensor | None,
+    gates: Tensor,
+    bias: Tensor | None,
+    response_bias: Tensor | None,
+    batch_dim: int,
+    channel_dim: int,
+) -> tuple[int, int]:
+    """Returns the two dimensions counted from 0."""
+
+    def refuse(name: str, rule: str, found: object) -> None:
+        raise ValueError(f"stn_gate: {name} must {rule}; got {found}.")
+
+    lead = plain if response is None else response
+    if lead is None:
+        raise TypeError("stn_gate: plain must be a tensor without response; got None.")
+    shape = lead.shape
+    batch = batch_dim + len(shape) if batch_dim < 0 else batch_dim
+    channel = channel_dim + len(shape) if channel_dim < 0 else channel_dim
+    if not 0 <= batch < len(shape):
+        refuse("batch_dim", f"be a dimension of {len(shape)}", batch_dim)
+    if not batch < channel < len(shape):
+        refuse("channel_dim", f"be a dimension of {len(shape)} after batch_dim", channel_dim)
+    channels = shape[channel]
     if response is None:
-        plain, response = plain.chunk(2, channel_dim)
-    channels = response.shape[channel_dim]
-    shape = [1] * response.dim()
-    shape[channel_dim] = channels
+        if channels % 2:
+            refuse("plain", "have an even number of channels without response, both stacked", f"shape {tuple(shape)}")
+        channels //= 2
+    elif plain is not None and plain.shape != shape:
+        refuse("plain", f"have the shape of response {tuple(shape)}", tuple(plain.shape))
+    widths = (channels, 2 * channels) if response_bias is None else (2 * channels,)
+    if gates.dim() != 2 or gates.shape[0] not in (1, shape[batch]) or gates.shape[1] not in widths:
+        columns = " or ".join(map(str, widths))
+        refuse("gates", f"have 1 or {shape[batch]} rows and {columns} columns", f"shape {tuple(gates.shape)}")
+    for name, t in (("bias", bias), ("response_bias", response_bias)):
+        if t is not None and t.shape != (channels,):
+            refuse(name, f"have a number for each channel, shape {(channels,)}", tuple(t.shape))
+    return batch, channel
 
-    def over_channels(t: Tensor) -> Tensor:
-        return t.reshape(shape)
 
-    def over_examples(t: Tensor) -> Tensor:
-        per_example = list(shape)
-        per_example[batch_dim] = len(t)
-        return t.reshape(per_example)
+def _halves(plain: Tensor | None, response: Tensor | None, channel_dim: int) -> tuple[Tensor | None, Tensor]:
+    if response is not None:
+        return plain, response
+    assert plain is not None
+    first, second = plain.chunk(2, channel_dim)
+    return first, second
 
-    out = plain + over_examples(gates[:, :channels]) * response
-    if bias is not None:
-        out = out + over_channels(bias)
-    if response_bias is not None:
-        out = out + over_examples(gates[:, channels:] * response_bias)
-    return out
+
+def _apply(function: Any, *arguments: Any) -> Tensor:
+    """``function.apply``, which binds its arguments to a signature that it looks up, without that: it takes three times
+    as long as all else. A transform of ``torch.func`` must have the whole of it.
+    """
+    if torch._C._are_functorch_transforms_active():
+        result: Tensor = function.apply(*arguments)
+    else:
+        result = super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(arguments))
+    return result
+
+
+def _stn_gate(*arguments: Any) -> Tensor:
+    return _apply(_StnGate, *arguments)
+
+
+def _stn_gate_sums(*arguments: Any) -> Tensor:
+    return _apply(_StnGateSums, *arguments)
+
+
+def _is_watched(grad: Tensor) -> bool:
+    """Whether what is done to ``grad`` now may be differentiated or batched, so that an op will not do."""
+    return (
+        torch.is_grad_enabled()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_legacy_batchedtensor(grad)
+    )
+
+
+def _any_legacy_batched(*tensors: Tensor | None) -> bool:
+    """For is_grads_batched, which has no rules for ops."""
+    return any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
+
+
+class _StnGate(torch.autograd.Function):
+    """Bilinear in (response, response_bias) and gates and linear in the rest: its derivatives are itself and sums."""
+
+    @staticmethod
+    def forward(
+        plain: Tensor | None,
+        response: Tensor | None,
+        gates: Tensor,
+        bias: Tensor | None,
+        response_bias: Tensor | None,
+        batch_dim: int,
+        channel_dim: int,
+    ) -> Tensor:
+        plain, response = _halves(plain, response, channel_dim)
+        if _any_legacy_batched(plain, response, gates, bias, response_bias):
+            return _reference.stn_gate(plain, response, gates, bias, response_bias, batch_dim, channel_dim)
+        out = torch.empty_like(response)
+        if len(gates) != out.shape[batch_dim]:
+            gates = gates.expand(out.shape[batch_dim], -1)
+        _ops.stn_gate_(out, plain, response, gates, bias, response_bias, batch_dim=batch_dim, channel_dim=channel_dim)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        plain, response, gates, bias, response_bias, *dims = inputs
+        ctx.set_materialize_grads(False)
+        ctx.dims = dims
+        ctx.is_stacked = response is None
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        saved = (plain if response is None else response, gates, response_bias)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if grad is None:
+            return (None,) * 7
+        plain, response, *coefficients = ctx.needs_input_grad[:5]
+        scaled = plain if ctx.is_stacked else response
+        watched = _is_watched(grad)
+        of_data, sums = (_composed if watched else _fused)(ctx, grad, scaled, any(coefficients))
+        of_coefficients = (None,) * 3 if sums is None else _of_coefficients(ctx, sums, watched)
+        if ctx.is_stacked:
+            return of_data, None, *of_coefficients, None, None
+        return grad if plain else None, of_data, *of_coefficients, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        data, gates, response_bias = ctx.saved_tensors
+        along_plain, along_response, along_gates, along_bias, along_response_bias = tangents[:5]
+        response = data
+        if ctx.is_stacked:
+            response = data.chunk(2, ctx.dims[1])[1]
+            if along_plain is not None:
+                along_plain, along_response = along_plain.chunk(2, ctx.dims[1])
+        out = along_plain
+        if along_gates is not None:
+            out = _stn_gate(out, response, along_gates, along_bias, response_bias, *ctx.dims)
+            along_bias = None
+        if along_response is not None or along_bias is not None or along_response_bias is not None:
+            if along_response is None:
+                along_response = torch.zeros_like(response)
+            out = _stn_gate(out, along_response, gates, along_bias, along_response_bias, *ctx.dims)
+        result: Tensor = out.clone() if out is along_plain else out
+        return result
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Tensor, int]:
+        *tensors, batch_dim, channel_dim = arguments
+        dims = (batch_dim, channel_dim)
+        if any(dim is not None for dim in in_dims[2:5]):
+
+            def one(plain: Any, response: Any, gates: Any, bias: Any, response_bias: Any) -> Tensor:
+                halves = _halves(plain, response, channel_dim)
+                return _reference.stn_gate(*halves, gates, bias, response_bias, *dims)
+
+            return torch.vmap(one, tuple(in_dims[:5]))(*tensors), 0
+        # The same gates for all: another dimension of positions.
+        data = [
+            None if t is None else t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+            for t, dim in zip(tensors[:2], in_dims[:2], strict=True)
+        ]
+        return _stn_gate(*data, *tensors[2:], batch_dim + 1, channel_dim + 1), 0
+
+
+def _composed(ctx: Any, grad: Tensor, scaled: bool, summed: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The gradient of the response, or of both halves stacked, and the sums; differentiable."""
+    data, gates, _ = ctx.saved_tensors
+    channels = grad.shape[ctx.dims[1]]
+    response = data.chunk(2, ctx.dims[1])[1] if ctx.is_stacked else data
+    sums = _stn_gate_sums(grad, response, *ctx.dims) if summed else None
+    if not scaled:
+        return None, sums
+    of_response = _stn_gate(None, grad, gates.narrow(1, 0, channels), None, None, *ctx.dims)
+    return torch.cat([grad, of_response], ctx.dims[1]) if ctx.is_stacked else of_response, sums
+
+
+def _fused(ctx: Any, grad: Tensor, scaled: bool, summed: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The same in one pass."""
+    data, gates, _ = ctx.saved_tensors
+    batch_dim, channel_dim = ctx.dims
+    examples, channels = grad.shape[batch_dim], grad.shape[channel_dim]
+    if scaled and not summed and not ctx.is_stacked:
+        return _stn_gate(None, grad, gates.narrow(1, 0, channels), None, None, *ctx.dims), None
+    response = data.chunk(2, channel_dim)[1] if ctx.is_stacked else data
+    of_data = torch.empty_like(data) if scaled else None
+    sums = torch.empty(examples, 2 * channels, dtype=_reference.opmath(grad.dtype), device=grad.device)
+    _ops.stn_gate_backward_(
+        sums, of_data, grad, response, gates.expand(examples, -1), batch_dim=batch_dim, channel_dim=channel_dim
+    )
+    return of_data, sums if summed else None
+
+
+def _of_coefficients(ctx: Any, sums: Tensor, is_watched: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of gates, bias and response bias from the sums over positions, which serve as memory for them
+    where nobody watches.
+    """
+    _, gates, response_bias = ctx.saved_tensors
+    gates_needed, bias_needed, response_bias_needed = ctx.needs_input_grad[2:5]
+    of_gates = of_bias = of_response_bias = None
+    of_response, of_shift = sums.chunk(2, 1)
+    if bias_needed:
+        of_bias = of_shift.sum(0).to(ctx.bias_dtype)
+    if response_bias_needed:
+        of_response_bias = (gates.chunk(2, 1)[1] * of_shift).sum(0).to(response_bias.dtype)
+    if gates_needed:
+        of_gates = of_response
+        if gates.shape[1] == sums.shape[1]:
+            factor = torch.zeros_like(of_shift[:1]) if response_bias is None else response_bias
+            if is_watched:
+                of_gates = torch.cat([of_response, of_shift * factor], 1)
+            else:
+                of_shift.mul_(factor)
+                of_gates = sums
+        of_gates = (of_gates.sum(0, keepdim=True) if len(gates) != len(sums) else of_gates).to(gates.dtype)
+    return of_gates, of_bias, of_response_bias
+
+
+class _StnGateSums(torch.autograd.Function):
+    """The sums of grad * response and of grad over the positions of each example; bilinear."""
+
+    @staticmethod
+    def forward(grad: Tensor, response: Tensor, batch_dim: int, channel_dim: int) -> Tensor:
+        if _any_legacy_batched(grad, response):
+            return _reference.stn_gate_sums(grad, response, batch_dim, channel_dim)
+        shape = (grad.shape[batch_dim], 2 * grad.shape[channel_dim])
+        sums = torch.empty(shape, dtype=_reference.opmath(grad.dtype), device=grad.device)
+        _ops.stn_gate_backward_(sums, None, grad, response, None, batch_dim=batch_dim, channel_dim=channel_dim)
+        return sums
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        grad, response, *ctx.dims = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad, response)
+        ctx.save_for_forward(grad, response)
+
+    @staticmethod
+    def backward(ctx: Any, along: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if along is None:
+            return (None,) * 4
+        grad, response = ctx.saved_tensors
+        of_products, of_grads = along.chunk(2, 1)
+        of_grad = of_response = None
+        if ctx.needs_input_grad[0]:
+            ones = torch.ones_like(of_grads[0]) if len(of_grads) else of_grads.new_ones(of_grads.shape[1])
+            of_grad = _stn_gate(None, response, along, None, ones, *ctx.dims)
+        if ctx.needs_input_grad[1]:
+            of_response = _stn_gate(None, grad, of_products, None, None, *ctx.dims)
+        return of_grad, of_response, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, along_grad: Tensor | None, along_response: Tensor | None, *_: None) -> Tensor:
+        grad, response = ctx.saved_tensors
+        if along_response is None:
+            return _stn_gate_sums(along_grad, response, *ctx.dims)
+        products, zeros = _stn_gate_sums(grad, along_response, *ctx.dims).chunk(2, 1)
+        if along_grad is None:
+            return torch.cat([products, torch.zeros_like(zeros)], 1)
+        others, grads = _stn_gate_sums(along_grad, response, *ctx.dims).chunk(2, 1)
+        return torch.cat([products + others, grads], 1)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Tensor, int]:
+        grad, response, *dims = arguments
+        return torch.vmap(lambda g, r: _reference.stn_gate_sums(g, r, *dims), tuple(in_dims[:2]))(grad, response), 0

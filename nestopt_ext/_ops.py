@@ -550,6 +550,162 @@ def softmax_hessian_(u: Tensor, logits: Tensor, row_weight: Tensor) -> None:
     _softmax_hessian_(u, logits, row_weight)
 
 
+# ---- stn_gate -------------------------------------------------------------------------------------------------------
+
+#: The dtypes of gates and biases beside the data.
+_COEFFICIENTS = {d: (d, torch.float32) if d.itemsize == 2 else (d,) for d in _checks.FLOATING}
+
+
+def _check_stn_dims(op: str, name: str, t: Tensor, batch_dim: int, channel_dim: int) -> None:
+    _checks.ListCheck(op).shape(name, t, t.dim() >= 2, "have a dimension of examples and one of channels")
+    _checks.require(op, "batch_dim", batch_dim, 0 <= batch_dim < t.dim(), "be a dimension counted from 0")
+    after = batch_dim < channel_dim < t.dim()
+    _checks.require(op, "channel_dim", channel_dim, after, "be a dimension after batch_dim")
+
+
+def _check_stn_gates(
+    check: _checks.ListCheck, gates: Tensor, like: tuple[str, Tensor], examples: int, channels: int, of_biases: bool
+) -> None:
+    check.operand("gates", gates, like, _COEFFICIENTS)
+    check.rank("gates", gates, 2, "examples and channels")
+    check.shape("gates", gates, gates.shape[0] == examples, f"have a row for each example, {examples}")
+    columns = gates.shape[1]
+    if of_biases:
+        rule = f"have two columns for each channel, {2 * channels}"
+        check.shape("gates", gates, columns == 2 * channels, rule)
+    else:
+        rule = f"have a column or two for each channel, {channels} or {2 * channels}"
+        check.shape("gates", gates, columns in (channels, 2 * channels), rule)
+
+
+def check_stn_gate(
+    out: Tensor,
+    plain: Tensor | None,
+    response: Tensor,
+    gates: Tensor,
+    bias: Tensor | None,
+    response_bias: Tensor | None,
+    *,
+    batch_dim: int,
+    channel_dim: int,
+) -> list[Tensor]:
+    check = _checks.ListCheck("stn_gate_")
+    like = ("out", out)
+    check.leading("out", out)
+    _check_stn_dims("stn_gate_", "out", out, batch_dim, channel_dim)
+    if plain is not None:
+        check.following("plain", plain, like, _SAME, written=False)
+    check.following("response", response, like, _SAME, written=False)
+    examples, channels = out.shape[batch_dim], out.shape[channel_dim]
+    _check_stn_gates(check, gates, like, examples, channels, response_bias is not None)
+    for name, t in (("bias", bias), ("response_bias", response_bias)):
+        if t is not None:
+            check.operand(name, t, like, _COEFFICIENTS)
+            check.shape(name, t, t.shape == (channels,), f"have a number for each channel, {channels}")
+    check.memory()
+    return [out]
+
+
+_stn_gate_ = _define(
+    "stn_gate_(Tensor(a!) out, Tensor? plain, Tensor response, Tensor gates, Tensor? bias, Tensor? response_bias, *,"
+    " int batch_dim, int channel_dim) -> ()",
+    _reference.stn_gate_,
+    check_stn_gate,
+)
+
+
+def stn_gate_(
+    out: Tensor,
+    plain: Tensor | None,
+    response: Tensor,
+    gates: Tensor,
+    bias: Tensor | None,
+    response_bias: Tensor | None,
+    *,
+    batch_dim: int,
+    channel_dim: int,
+) -> None:
+    r"""``out = plain + bias + gates_w * response + gates_b * response_bias`` with gates of its own for each example, in
+    one pass; see :func:`nestopt_ext._reference.stn_gate`.
+
+    ``out``, which is overwritten, ``plain`` and ``response`` are of one shape [..., B, ..., D, ...], in which
+    ``batch_dim`` has the B examples and ``channel_dim``, after it, the D channels, and of one dtype: float32, float64,
+    bfloat16 or float16. ``gates`` [B, 2 D], or [B, D] without ``response_bias``, holds gates_w and gates_b;
+    ``bias`` and ``response_bias`` are [D]; these three have the dtype of ``out``, or float32 beside 16 bits. ``plain``
+    and the biases may be None: zeros. Channels that lie innermost, and channels-first images, are walked where they
+    lie, halves of a stacked tensor too; other strides cost a copy. Has no derivative of its own:
+    :func:`nestopt_ext._functions.stn_gate` is the differentiable form.
+    """
+    _stn_gate_(out, plain, response, gates, bias, response_bias, batch_dim=batch_dim, channel_dim=channel_dim)
+
+
+def check_stn_gate_backward(
+    sums: Tensor,
+    grads: Tensor | None,
+    grad: Tensor,
+    response: Tensor,
+    gates: Tensor | None,
+    *,
+    batch_dim: int,
+    channel_dim: int,
+) -> list[Tensor]:
+    op = "stn_gate_backward_"
+    check = _checks.ListCheck(op)
+    like = ("grad", grad)
+    check.leading("sums", sums, _checks.REAL)
+    check.operand("grad", grad, ("sums", sums), _PRODUCT)
+    _check_stn_dims(op, "grad", grad, batch_dim, channel_dim)
+    examples, channels = grad.shape[batch_dim], grad.shape[channel_dim]
+    check.rank("sums", sums, 2, "examples and channels")
+    rule = f"have a row for each example and two columns for each channel, {examples} and {2 * channels}"
+    check.shape("sums", sums, sums.shape == (examples, 2 * channels), rule)
+    check.operand("response", response, like, _SAME)
+    check.shape("response", response, response.shape == grad.shape, "have the shape of grad")
+    if gates is not None:
+        _check_stn_gates(check, gates, like, examples, channels, False)
+    if grads is None:
+        check.memory()
+        return [sums]
+    check.operand("grads", grads, like, _SAME, written=True)
+    twice = [*grad.shape]
+    twice[channel_dim] *= 2
+    alike = grads.shape in (grad.shape, torch.Size(twice))
+    check.shape("grads", grads, alike, "have the shape of grad, or that with twice the channels")
+    check.shape("grads", grads, gates is not None, "be None without gates")
+    check.memory()
+    return [sums, grads]
+
+
+_stn_gate_backward_ = _define(
+    "stn_gate_backward_(Tensor(a!) sums, Tensor(b!)? grads, Tensor grad, Tensor response, Tensor? gates, *,"
+    " int batch_dim, int channel_dim) -> ()",
+    _reference.stn_gate_backward_,
+    check_stn_gate_backward,
+)
+
+
+def stn_gate_backward_(
+    sums: Tensor,
+    grads: Tensor | None,
+    grad: Tensor,
+    response: Tensor,
+    gates: Tensor | None,
+    *,
+    batch_dim: int,
+    channel_dim: int,
+) -> None:
+    r"""What the gradients of :func:`stn_gate_` are made of, in one pass; see
+    :func:`nestopt_ext._reference.stn_gate_backward_`.
+
+    ``grad``, ``response`` and ``gates`` are as there, and only read. ``sums`` [B, 2 D] (float64 for float64, else
+    float32) receives the sums of ``grad * response``, then those of ``grad``, over the positions of an example.
+    ``grads`` may be None, and then ``gates`` too; or it has the shape of ``grad`` and receives gates_w * grad, the
+    gradient of the response; or twice the channels, and receives ``grad`` before it, the gradient of a stacked tensor.
+    From a native kernel no bit depends on the number of threads. Has no derivative of its own.
+    """
+    _stn_gate_backward_(sums, grads, grad, response, gates, batch_dim=batch_dim, channel_dim=channel_dim)
+
+
 _NATIVE = {
     (op, key.lower())
     for op in (
@@ -561,6 +717,8 @@ _NATIVE = {
         "rank_one_update_",
         "row_dot_",
         "softmax_hessian_",
+        "stn_gate_",
+        "stn_gate_backward_",
     )
     for key in ("CPU", "CUDA")
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"nestopt_ext::{op}", key)

@@ -7,7 +7,7 @@ from typing import Any
 class ProgressBar:
     """A tqdm bar on a terminal; silent where stderr is no terminal, and says so where tqdm is not installed."""
 
-    def __init__(self, total: int, *, shown: bool = True) -> None:
+    def __init__(self, total: int, *, shown: bool = True, unit: str = "step") -> None:
         self._bar: Any = None
         if not shown or not sys.stderr.isatty():
             return
@@ -16,7 +16,7 @@ class ProgressBar:
         except ImportError:
             print("No progress bar: tqdm is not installed (pip install nestopt_ext[experiments]).", file=sys.stderr)
             return
-        self._bar = tqdm(total=total, unit="step", dynamic_ncols=True, leave=False)
+        self._bar = tqdm(total=total, unit=unit, dynamic_ncols=True, leave=False)
 
     def stage(self, label: str) -> None:
         """Names what is being done."""

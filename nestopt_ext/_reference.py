@@ -321,3 +321,81 @@ def softmax_hessian(logits: Tensor, u: Tensor, row_weight: Tensor) -> Tensor:
     deviation = torch.where(e > 0, (x - high) - low, x)  # the difference may overflow beside a class of p = 0
     weight = row_weight.unsqueeze(-1)
     return torch.where(weight == 0, 0.0, e * (weight / total).to(math) * deviation).to(u.dtype)
+
+
+def stn_gate_(
+    out: Tensor,
+    plain: Tensor | None,
+    response: Tensor,
+    gates: Tensor,
+    bias: Tensor | None,
+    response_bias: Tensor | None,
+    *,
+    batch_dim: int,
+    channel_dim: int,
+) -> None:
+    """``out`` receives what :func:`stn_gate` returns."""
+    if out.numel() > 0:
+        out.copy_(stn_gate(plain, response, gates, bias, response_bias, batch_dim, channel_dim))
+
+
+def stn_gate(
+    plain: Tensor | None,
+    response: Tensor,
+    gates: Tensor,
+    bias: Tensor | None,
+    response_bias: Tensor | None,
+    batch_dim: int,
+    channel_dim: int,
+) -> Tensor:
+    """``plain + gates[:, :D] * response + (bias + gates[:, D:] * response_bias)``, the gates of an example at each of
+    its positions; D is the number of channels. Without ``plain`` it is zero, and so are biases that are None.
+    """
+    math, channels = opmath(response.dtype), response.shape[channel_dim]
+
+    def at_each_position(rows: Tensor) -> Tensor:
+        shape = [1] * response.dim()
+        shape[batch_dim], shape[channel_dim] = rows.shape
+        return rows.reshape(shape)
+
+    wide = gates.to(math)
+    out = at_each_position(wide.narrow(1, 0, channels)) * response.to(math)
+    if plain is not None:
+        out = plain.to(math) + out
+    if response_bias is not None:
+        shift = wide.narrow(1, channels, channels) * response_bias.to(math)
+        out = out + at_each_position(shift if bias is None else bias.to(math) + shift)
+    elif bias is not None:
+        out = out + at_each_position(bias.to(math).unsqueeze(0))
+    return out.to(response.dtype)
+
+
+def stn_gate_backward_(
+    sums: Tensor,
+    grads: Tensor | None,
+    grad: Tensor,
+    response: Tensor,
+    gates: Tensor | None,
+    *,
+    batch_dim: int,
+    channel_dim: int,
+) -> None:
+    """``sums`` receives what :func:`stn_gate_sums` returns; ``grads`` the product of ``gates[:, :D]`` and ``grad``, or,
+    if it has twice the channels, ``grad`` and that product.
+    """
+    sums.copy_(stn_gate_sums(grad, response, batch_dim, channel_dim))
+    if grads is None or gates is None or grads.numel() == 0:
+        return
+    scaled = stn_gate(None, grad, gates, None, None, batch_dim, channel_dim)
+    grads.copy_(scaled if grads.shape == grad.shape else torch.cat([grad, scaled], channel_dim))
+
+
+def stn_gate_sums(grad: Tensor, response: Tensor, batch_dim: int, channel_dim: int) -> Tensor:
+    """[B, 2 D]: for each example and channel the sum of ``grad * response`` over the positions, and that of ``grad``;
+    in float32 for 16-bit tensors.
+    """
+    math = opmath(grad.dtype)
+    g = grad.to(math)
+    positions = [d for d in range(grad.dim()) if d not in (batch_dim, channel_dim)]
+    both = (g * response.to(math), g)
+    return torch.cat([t.sum(positions) if positions else t for t in both], 1)

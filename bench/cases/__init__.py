@@ -12,5 +12,6 @@ from . import hypergradient as hypergradient
 from . import lyapunov as lyapunov
 from . import neumann as neumann
 from . import rank_one_update as rank_one_update
+from . import response_layers as response_layers
 from . import row_dot as row_dot
 from . import softmax_hessian as softmax_hessian

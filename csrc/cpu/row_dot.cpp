@@ -13,13 +13,6 @@ constexpr int kLanes = 16;
 constexpr int kSums = 4;      // at once, since an addition takes a few cycles
 constexpr int kStrip = 1024;  // columns that are added up in the type of the products
 
-template <class T, int kCount>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(kCount * sizeof(T))));
-};
-template <class T, int kCount>
-using Vector = typename VectorOf<T, kCount>::type;
-
 // A strip as an array of the type that arithmetic is done in, in place where it is one.
 template <class T, class X>
 NESTOPT_HD const T* as_array(int n, const X* x, T* buffer) {

@@ -10,6 +10,14 @@
 
 namespace nestopt::cpu {
 
+// The compiler's vectors, for reductions: it vectorizes those of loops only if it may reorder sums.
+template <class T, int kCount>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kCount * sizeof(T))));
+};
+template <class T, int kCount>
+using Vector = typename VectorOf<T, kCount>::type;
+
 // The instruction set that the clones above resolve to on this machine.
 const char* simd_level();
 

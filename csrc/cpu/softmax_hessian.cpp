@@ -39,14 +39,6 @@ NESTOPT_HD T* as_array(int n, V* x, std::remove_const_t<T>* buffer, T filling) {
   return buffer;
 }
 
-// Reductions are written with the compiler's vectors: it finds those of loops only if it may reorder sums.
-template <class T, int kCount>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(kCount * sizeof(T))));
-};
-template <class T, int kCount>
-using Vector = typename VectorOf<T, kCount>::type;
-
 // The largest of those that are not NaN, and where it is first met; -infinity, somewhere, if there is none.
 template <class T>
 NESTOPT_HD T largest_of(int n, const T* z, int& position) {

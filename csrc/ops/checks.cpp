@@ -152,6 +152,13 @@ c10::ArrayRef<at::ScalarType> factor_dtypes(at::ScalarType leading) {
   return leading == at::kDouble ? c10::ArrayRef<at::ScalarType>(kFloating) : product_dtypes(leading);
 }
 
+c10::ArrayRef<at::ScalarType> coefficient_dtypes(at::ScalarType leading) {
+  static constexpr at::ScalarType kBesideBfloat16[] = {at::kBFloat16, at::kFloat};
+  static constexpr at::ScalarType kBesideHalf[] = {at::kHalf, at::kFloat};
+  if (leading == at::kBFloat16) return kBesideBfloat16;
+  return leading == at::kHalf ? c10::ArrayRef<at::ScalarType>(kBesideHalf) : same_dtype(leading);
+}
+
 double cpu_value(const at::Tensor& t) {
   return t.scalar_type() == at::kDouble ? *t.const_data_ptr<double>() : *t.const_data_ptr<float>();
 }
@@ -268,14 +275,15 @@ void ListCheck::refuse_shape(const char* name, const at::Tensor& t, const std::s
 }
 
 void ListCheck::operand(const char* name, const at::Tensor& t, const char* other, const at::Tensor& lead,
-                        DtypeRule rule) {
-  const Argument argument{name, nullptr, &t, false};
+                        DtypeRule rule, bool written) {
+  const Argument argument{name, nullptr, &t, written};
   strided(argument, 0);
   TORCH_CHECK_VALUE(t.device() == lead.device(), op_, ": ", name, " must be on ", lead.device(), ", the device of ",
                     other, "; got ", t.device(), ".");
   const c10::ArrayRef<at::ScalarType> allowed = rule(lead.scalar_type());
   TORCH_CHECK_TYPE(contains(allowed, t.scalar_type()), op_, ": ", name, " must be ", either(allowed), " beside ", other,
                    " of ", name_of(lead.scalar_type()), "; got ", name_of(t.scalar_type()), ".");
+  if (written) may_write(argument, 0);
   arguments_.push_back(argument);
 }
 

@@ -18,9 +18,10 @@ inline constexpr at::ScalarType kReal[] = {at::kFloat, at::kDouble};
 // The dtypes allowed beside a tensor of the leading list.
 using DtypeRule = c10::ArrayRef<at::ScalarType> (*)(at::ScalarType leading);
 c10::ArrayRef<at::ScalarType> same_dtype(at::ScalarType leading);
-c10::ArrayRef<at::ScalarType> opmath_dtype(at::ScalarType leading);    // float32 beside 16-bit types
-c10::ArrayRef<at::ScalarType> product_dtypes(at::ScalarType leading);  // the same, or 16 bits beside float32
-c10::ArrayRef<at::ScalarType> factor_dtypes(at::ScalarType leading);   // those, or any beside float64
+c10::ArrayRef<at::ScalarType> opmath_dtype(at::ScalarType leading);        // float32 beside 16-bit types
+c10::ArrayRef<at::ScalarType> product_dtypes(at::ScalarType leading);      // the same, or 16 bits beside float32
+c10::ArrayRef<at::ScalarType> factor_dtypes(at::ScalarType leading);       // those, or any beside float64
+c10::ArrayRef<at::ScalarType> coefficient_dtypes(at::ScalarType leading);  // the same, or float32 beside 16 bits
 
 // Checks one call of one op: lists of tensors, or single ones, against a leading one, then memory across all of them.
 // Each member throws on the first fault; nothing is modified before the last one has returned. Names, lists and tensors
@@ -58,8 +59,9 @@ class ListCheck {
     if (!holds) refuse_shape(name, t, c10::str(rule...));
   }
 
-  // A tensor of a shape of its own beside another one, whose dtype tells those allowed here; only read.
-  void operand(const char* name, const at::Tensor& t, const char* other, const at::Tensor& lead, DtypeRule rule);
+  // A tensor of a shape of its own beside another one, whose dtype tells those allowed here.
+  void operand(const char* name, const at::Tensor& t, const char* other, const at::Tensor& lead, DtypeRule rule,
+               bool written = false);
 
   // A number, float32 or float64, for each row of the leading tensor; only read.
   void row_numbers(const char* name, const at::Tensor& t);

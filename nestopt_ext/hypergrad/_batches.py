@@ -10,6 +10,9 @@ import torch
 from .. import _lists
 from ._random import RandomStates
 
+#: What comes after the last batch of an epoch.
+END: Any = object()
+
 
 class Batches:
     """One epoch of ``source`` after the other.
@@ -48,25 +51,26 @@ class Batches:
 
     def draw(self) -> Any:
         """The next batch."""
+        batch = self.draw_or_end()
+        return self.draw_or_end() if batch is END else batch
+
+    def draw_or_end(self) -> Any:
+        """The next batch, or END once where an epoch is over."""
         if self._iterator is None:
             self._begin()
-        missing = object()
-        batch = next(self._iterator, missing)  # type: ignore[arg-type]
-        if batch is missing:
-            if self._taken == 0:
-                raise ValueError(f"{self._caller}: {self._name} must hold at least one batch; got none.")
-            if isinstance(self._source, Iterator):
-                raise RuntimeError(
-                    f"{self._caller}: {self._name} must go on as long as the loop does; got an iterator that ended"
-                    f" after {self._taken} batches. Pass the DataLoader itself, or a list."
-                )
-            self._epoch, self._taken = self._epoch + 1, 0
-            self._begin()
-            batch = next(self._iterator, missing)  # type: ignore[arg-type]
-            if batch is missing:
-                raise ValueError(f"{self._caller}: {self._name} must hold at least one batch; got none this time.")
-        self._taken += 1
-        return batch
+        batch = next(self._iterator, END)  # type: ignore[arg-type]
+        if batch is not END:
+            self._taken += 1
+            return batch
+        if self._taken == 0:
+            raise ValueError(f"{self._caller}: {self._name} must hold at least one batch; got none.")
+        if isinstance(self._source, Iterator):
+            raise RuntimeError(
+                f"{self._caller}: {self._name} must go on as long as the loop does; got an iterator that ended"
+                f" after {self._taken} batches. Pass the DataLoader itself, or a list."
+            )
+        self._epoch, self._taken, self._iterator = self._epoch + 1, 0, None
+        return END
 
     def state_dict(self) -> dict[str, Any]:
         """The position."""

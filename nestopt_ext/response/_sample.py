@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,14 @@ class Sample:
     ``gate_input`` [B or 1, n] is what response layers multiply their gate matrix with; None where it is zero, and they
     are plain layers. ``values`` are the hyperparameters in natural units, [B or 1, *shape] each; they carry no graph,
     so that a discrete one is as good as any and the only way from a loss to the hyperparameters leads through the
-    gates. ``linearized`` asks for the network's linearization: the gate input is then a tangent.
+    gates. ``linearized`` asks for the network's linearization: the gate input is then a tangent. ``hparams`` is whose
+    point it is: a StnModel of others, called inside, answers at its own. None: it is for whoever is called.
     """
 
     gate_input: Tensor | None
     values: Mapping[str, Tensor]
     linearized: bool = False
+    hparams: nn.Module | None = None
 
 
 _current: ContextVar[Sample | None] = ContextVar("nestopt_ext.response.sample", default=None)

@@ -1,24 +1,42 @@
-"""Affine layers whose weights respond to hyperparameters."""
+"""Linear layers whose weights respond to hyperparameters."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._functions import stn_gate
-from ._layer import Response, StnLayer, gate_input_of, gates_of, join, split
+from ._affine import StnAffine
 
 
-class StnLinear(nn.Linear, StnLayer):
-    """y = W x + b + (U_w h) * (V x) + (U_b h) * c, with gates of its own for each example."""
+class StnLinear(StnAffine, nn.Linear):
+    r"""A `torch.nn.Linear` whose weights are an affine function of hyperparameters, for each example its own.
 
-    #: How gates start: standard deviation of U.
-    gate_std = 0.01
+    .. math:: y = W x + b + (U_w h) \odot (V x) + (U_b h) \odot c
+
+    So the weight of an example with gate input h is W + diag(U_w h) V, its bias b + (U_b h) * c. W and b are ``weight``
+    and ``bias`` and start as torch's do; V and c, ``response_weight`` and ``response_bias``, are drawn like them; U,
+    ``gate_weight`` [2 out_features, num_hparams] (the rows for c left out without a bias), from N(0, 0.01^2).
+
+    The call takes ``input`` [..., in_features] and, where it is not called inside a `StnModel`, ``gate_input``: [n] or
+    [1, n] for all examples, or a row for each of those along ``batch_dim`` of the input. Without any gate input the
+    layer is the plain one.
+
+    Raises ValueError for a gate input of another shape, and for ``num_hparams`` below 1 or ``batch_dim`` below 0.
+
+    Reference: MacKay et al., Self-Tuning Networks, ICLR 2019, section 3.3 (there W x + b has one more factor, learned
+    and 1 at the start, in convolutional networks only; it is left out here).
+
+    >>> layer = StnLinear(2, 1, bias=False, num_hparams=1)
+    >>> with torch.no_grad():
+    ...     _ = layer.weight.fill_(1.0), layer.response_weight.fill_(2.0), layer.gate_weight.fill_(0.5)
+    >>> layer(torch.ones(3, 2), torch.tensor([[0.0], [1.0], [-1.0]])).squeeze(1).tolist()
+    [2.0, 4.0, 0.0]
+    """
+
+    channel_dim = -1
 
     def __init__(
         self,
@@ -31,61 +49,18 @@ class StnLinear(nn.Linear, StnLayer):
         num_hparams: int,
         batch_dim: int = 0,
     ) -> None:
-        self.num_hparams = num_hparams
-        self.batch_dim = batch_dim
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.response_weight = nn.Parameter(torch.empty_like(self.weight))
-        self.response_bias = nn.Parameter(torch.empty_like(self.bias)) if bias else None
-        gates = out_features * (2 if bias else 1)
-        self.gate_weight = nn.Parameter(torch.empty(gates, num_hparams, device=device, dtype=dtype))
-        self.reset_response()
+        self.add_response(num_hparams, batch_dim)
 
-    def reset_response(self) -> None:
-        """Draws V and c as torch draws W and b, and U from a normal distribution of deviation ``gate_std``."""
-        bound = 1 / math.sqrt(self.in_features) if self.in_features else 0
-        nn.init.uniform_(self.response_weight, -bound, bound)
-        if self.response_bias is not None:
-            nn.init.uniform_(self.response_bias, -bound, bound)
-        nn.init.normal_(self.gate_weight, std=self.gate_std)
-
-    def forward(self, input: Tensor, gate_input: Tensor | None = None) -> Tensor:
-        """y, [..., out_features], of ``input`` [..., in_features] at ``gate_input`` [M or 1, n]."""
-        h, linearized = gate_input_of(gate_input)
-        if linearized:
-            return self._linearized(input, h)
-        if h is None:
-            return super().forward(input)
-        if len(h) == 1:  # one plain layer serves all examples
-            return F.linear(input, *(response.at(h[0]) for response in self.responses()))
-        gates = gates_of(h, self.gate_weight)
-        stacked = F.linear(input, torch.cat([self.weight, self.response_weight]))
-        return stn_gate(stacked, None, gates, self.bias, self.response_bias, batch_dim=self.batch_dim, channel_dim=-1)
-
-    def responses(self) -> Iterator[Response]:
-        """The weight, and the bias where there is one."""
-        out = self.out_features
-        yield Response("weight", self.weight, self.response_weight, self.gate_weight[:out])
-        if self.response_bias is not None:
-            yield Response("bias", self.bias, self.response_bias, self.gate_weight[out:])
-
-    def _linearized(self, input: Tensor, h: Tensor | None) -> Tensor:
-        x, dx = split(input)
-        z = F.linear(x, self.weight, self.bias)
-        dz = None if dx is None else F.linear(dx, self.weight)
-        if h is not None:
-            dz = stn_gate(
-                torch.zeros_like(z) if dz is None else dz,
-                F.linear(x, self.response_weight),
-                gates_of(h, self.gate_weight),
-                None,
-                self.response_bias,
-                batch_dim=self.batch_dim,
-                channel_dim=-1,
-            )
-        return z if dz is None else join(z, dz)
+    def product(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """W x + b."""
+        return F.linear(input, weight, bias)
 
 
 class DeltaStnLinear(StnLinear):
-    """The same layer about a centre: its gate input is h - h0, its gates start at zero."""
+    """`StnLinear` about a centre: the gate input is h - h0 and U starts at zero, so that W and b serve at h0.
+
+    Reference: Bae & Grosse, Delta-STN, NeurIPS 2020, section 4.
+    """
 
     gate_std = 0.0
