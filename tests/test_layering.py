@@ -138,7 +138,7 @@ def test_every_source_is_listed_once() -> None:
 
 def test_an_op_has_one_stem_everywhere() -> None:
     stems = ("complex_adam", "complex_sgd", "dual_series", "hadamard_gram", "neumann", "rank_one_update", "row_dot")
-    for stem in (*stems, "softmax_hessian"):
+    for stem in (*stems, "softmax_hessian", "stn_gate"):
         expected = [
             f"csrc/math/{stem}.h",
             f"csrc/cpu/{stem}.cpp",
