@@ -15,3 +15,4 @@ from . import rank_one_update as rank_one_update
 from . import response_layers as response_layers
 from . import row_dot as row_dot
 from . import softmax_hessian as softmax_hessian
+from . import stn_gate as stn_gate
