@@ -5,6 +5,7 @@ from ._players import Game, Player, parameters
 from ._watch import PlayStatus
 from .archive import Archive, Bifurcation, Branch, BranchStatus, Solution
 from .directions import cgd, consensus, lola, lookahead, sga, sos
+from .eigen_ridges import EigenRidges
 from .eigenspaces import Eigenspace, eigenspace, track
 from .jacobian import GameJacobian, game_jacobian, gradients
 from .lyapunov import LyapunovStart, MaxLyapunovExponent, lyapunov_exponents, max_lyapunov_exponent, max_lyapunov_start
@@ -31,6 +32,7 @@ __all__ = [
     "Bifurcation",
     "Branch",
     "BranchStatus",
+    "EigenRidges",
     "Eigenpairs",
     "Eigenspace",
     "Game",

@@ -23,11 +23,15 @@ _CODES = {status: i for i, status in enumerate(STATUSES)}
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """A unit vector [S] to branch along, on both sides, its rank, and its eigenvalue or exponent."""
+    """A unit vector [S] to branch along, on both sides, its rank, and its eigenvalue or exponent.
+
+    ``partner`` is the other direction of the plane of a complex pair.
+    """
 
     rank: int
     vector: Tensor
     value: complex
+    partner: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,17 +119,31 @@ def has(ride: Ride, *statuses: BranchStatus) -> Tensor:
     return torch.isin(ride["status"], codes)
 
 
+def sent_on(ride: Ride, rows: Tensor) -> Ride:
+    """The ride with some of its branches, a mask [N], on their way again."""
+    return {**ride, "status": torch.where(rows, _CODES[BranchStatus.pending], ride["status"])}
+
+
 def moved_on(
-    ride: Ride, rows: Tensor, state: Tensor, *, divergence: float, ended: dict[BranchStatus, Tensor], **own: Tensor
+    ride: Ride,
+    rows: Tensor,
+    state: Tensor,
+    *,
+    divergence: float,
+    ended: dict[BranchStatus, Tensor],
+    finite: Tensor | None = None,
+    **own: Tensor,
 ) -> Ride:
     """The ride after a step that took ``rows`` to ``state`` [n, S].
 
-    ``ended`` says which of the rows [n] have ended and how, the first to be true counts; rows that are not finite or
-    have left the bounds have ended before all of these. ``own`` are the method's own tensors for the rows.
+    ``ended`` says which of the rows [n] have ended and how, the first to be true counts; rows that are not finite, or
+    not ``finite`` in what else was computed, or have left the bounds, have ended before all of these. ``own`` are the
+    method's own tensors for the rows.
     """
     peak = state.abs().amax(dim=1)
-    finite = state.isfinite().all(dim=1)
-    ended = {BranchStatus.non_finite: ~finite, BranchStatus.diverged: peak > divergence, **ended}
+    whole = state.isfinite().all(dim=1)
+    whole = whole if finite is None else whole & finite
+    ended = {BranchStatus.non_finite: ~whole, BranchStatus.diverged: peak > divergence, **ended}
     code = torch.zeros_like(ride["status"][rows])
     for status, mask in reversed(ended.items()):
         code = torch.where(mask, _CODES[status], code)

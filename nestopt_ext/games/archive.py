@@ -70,7 +70,8 @@ class Bifurcation:
 class Branch:
     """One way from ``bifurcation`` (its id): along ``sign`` times ``direction`` [S], a unit vector.
 
-    ``rank`` is that of the direction, 0 leading; a complex pair has two, for both directions of its plane. ``value`` is
+    ``rank`` is that of the direction, 0 leading; a complex pair has two, for both directions of its plane, and
+    ``partner`` is the other one, None where there is none. ``value`` is
     the eigenvalue, or the exponent, of the direction and ``size`` the length of the first step. ``begin`` [S] is the
     state after it. Once ridden: ``end`` [S], the ``losses`` there, the number of ``steps`` and the length of the last
     one, ``moved``. ``solution`` is the id of the solution at its end, None where there is none.
@@ -85,6 +86,7 @@ class Branch:
     size: float
     value: complex
     direction: Tensor
+    partner: Tensor | None
     begin: Tensor
     end: Tensor | None = None
     losses: tuple[float, ...] = ()

@@ -13,9 +13,11 @@ from torch import Tensor
 from .. import _lists
 from .._progress import ProgressBar
 from ..optim._arguments import check_real
+from ._eigen_rider import EigenRider, LossGame
 from ._lyapunov_rider import LyapunovRider
 from ._rides import STATUSES, Expansion, Ride, Rider, on_their_way
 from .archive import Archive, Bifurcation, Branch, Solution
+from .eigen_ridges import EigenRidges
 from .lyapunov_branches import LyapunovBranches
 from .maps import OptimizerMap
 from .spectrum import _check_count
@@ -27,7 +29,7 @@ Key: TypeAlias = Literal["losses", "parameters"] | Callable[[Tensor], Tensor]
 def ridge_rider(
     problem: Any,
     start: Any,
-    method: LyapunovBranches,
+    method: EigenRidges | LyapunovBranches,
     *,
     losses: Callable[[Tensor], Any] | None = None,
     order: Literal["breadth", "depth"] = "breadth",
@@ -47,11 +49,13 @@ def ridge_rider(
     r"""Finds many solutions by branching where a small displacement decides which one is reached.
 
     Args:
-        problem: what the method rides on; for :class:`LyapunovBranches` an :class:`OptimizerMap`, or any
+        problem: what the method rides on. For :class:`EigenRidges` a loss, from parameters [B, P] to losses [B], or a
+            :class:`Game`, of networks too. For :class:`LyapunovBranches` an :class:`OptimizerMap`, or any
             differentiable function from states [B, S] to states, row by row.
-        start: states [B, S], B starts that are one tensor program; or (S,) for one. For an optimizer map also
+        start: states [B, S], B starts that are one tensor program; or (S,) for one. For a game or an optimizer map also
             parameters [B, P], players in the structure of the game's, or None for where these are.
-        method: how to find bifurcations and to ride.
+        method: how to find bifurcations and to ride: :class:`EigenRidges` for Ridge Rider, :class:`LyapunovBranches`
+            for its generalized form.
         losses: for a map that is not an optimizer's: from states [N, S] to losses [N] or [N, n].
         order: "breadth" rides branches in the order in which they were found, "depth" the last ones first.
         batch_size: branches ridden at once, as one tensor program. None is all that are known for "breadth", a whole
@@ -78,8 +82,18 @@ def ridge_rider(
 
     Raises TypeError or ValueError for bad arguments, and where the archive comes from other ones.
 
-    Source: Lorraine et al., Lyapunov exponents for diversity in differentiable games (2022); that solutions are told
-    apart by a key, and bifurcations by their place, is ours.
+    Source: Parker-Holder et al., Ridge Rider: finding diverse solutions by following eigenvectors of the Hessian
+    (2020), and Lorraine et al., Lyapunov exponents for diversity in differentiable games (2022); that solutions are
+    told apart by a key, and bifurcations by their place, is ours.
+
+    All minima of a loss with a saddle at 0, and both solutions of a game from one start:
+
+    >>> def loss(w):
+    ...     return (w**4 / 4 - w**2 / 2).sum(dim=1)
+    >>> method = EigenRidges(step=0.05, finish=0.3, repeated="all")
+    >>> found = ridge_rider(loss, torch.zeros(2, dtype=torch.float64), method)
+    >>> sorted([round(x) for x in solution.state.tolist()] for solution in found.solutions)
+    [[-1, -1], [-1, 1], [1, -1], [1, 1]]
 
     >>> from nestopt_ext.games import sgd_map, small_ipd
     >>> step = sgd_map(small_ipd(), lr=5.0)
@@ -92,7 +106,10 @@ def ridge_rider(
     check_real(caller, "divergence", divergence)
     if divergence <= 0:
         raise ValueError(f"{caller}: divergence must be > 0; got {divergence}.")
-    rider = _rider(caller, problem, method, losses, divergence)
+    if archive is not None and not isinstance(archive, Archive):
+        raise TypeError(f"{caller}: archive must be None or an Archive; got {_lists.value_name(archive)}.")
+    archive = Archive() if archive is None else archive
+    rider = _rider(caller, problem, archive.starts if start is None else start, method, losses, divergence)
     search = _Search(caller, rider, archive)
     search.set_order(order, batch_size)
     search.set_key(key, distance, bifurcation_distance)
@@ -100,20 +117,28 @@ def ridge_rider(
     search.set_calls(on_batch, should_stop, progress)
     search.set_out(start, _settings(method))
     search.run()
-    return search.archive
+    return archive
 
 
-def _rider(caller: str, problem: Any, method: Any, losses: Any, divergence: float) -> Rider:
+def _rider(caller: str, problem: Any, start: Any, method: Any, losses: Any, divergence: float) -> Rider:
     if losses is not None and not callable(losses):
         raise TypeError(f"{caller}: losses must be None or callable; got {_lists.value_name(losses)}.")
     if isinstance(method, LyapunovBranches):
         if losses is not None and isinstance(problem, OptimizerMap):
             raise ValueError(f"{caller}: losses must be None for an optimizer map, which has its own; got a function.")
         return LyapunovRider(caller, problem, method, losses, divergence)
-    raise TypeError(f"{caller}: method must be LyapunovBranches(...); got {_lists.value_name(method)}.")
+    if isinstance(method, EigenRidges):
+        if losses is not None:
+            raise ValueError(f"{caller}: losses must be None with EigenRidges, whose problem has them; got a function.")
+        if not hasattr(problem, "players") and callable(problem):
+            problem = LossGame(caller, problem, start)
+        return EigenRider(caller, problem, method, divergence)
+    raise TypeError(
+        f"{caller}: method must be EigenRidges(...) or LyapunovBranches(...); got {_lists.value_name(method)}."
+    )
 
 
-def _settings(method: LyapunovBranches) -> dict[str, Any]:
+def _settings(method: EigenRidges | LyapunovBranches) -> dict[str, Any]:
     """What of a method can be compared with that of an archive."""
     fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
     plain = {
@@ -127,12 +152,10 @@ def _settings(method: LyapunovBranches) -> dict[str, Any]:
 class _Search:
     """A tree that grows in an archive."""
 
-    def __init__(self, caller: str, rider: Rider, archive: Archive | None) -> None:
-        if archive is not None and not isinstance(archive, Archive):
-            raise TypeError(f"{caller}: archive must be None or an Archive; got {_lists.value_name(archive)}.")
+    def __init__(self, caller: str, rider: Rider, archive: Archive) -> None:
         self._caller = caller
         self._rider = rider
-        self.archive = Archive() if archive is None else archive
+        self.archive = archive
 
     # ---- arguments ----
 
@@ -360,11 +383,12 @@ class _Search:
         branches: list[Branch] = []
         for direction in expansion.directions:
             vector = direction.vector.detach().cpu().clone()
+            partner = None if direction.partner is None else direction.partner.detach().cpu().clone()
             for size in self._rider.sizes:
                 for sign in (1, -1):
                     begin = here.state + sign * size * vector
                     place = (first + len(branches), here.id, here.start, depth)
-                    branches.append(Branch(*place, direction.rank, sign, size, direction.value, vector, begin))
+                    branches.append(Branch(*place, direction.rank, sign, size, direction.value, vector, partner, begin))
         return branches
 
 
