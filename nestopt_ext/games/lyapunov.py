@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _lists
 from .._types import TensorList
@@ -138,9 +137,9 @@ def lyapunov_exponents(
 
 @dataclass(frozen=True, eq=False)
 class LyapunovStart:
-    """The best start found for each row: ``start`` [B, S], its ``exponent`` [B] and ``direction`` [B, S].
+    """The highest point that each ascent came to: ``start`` [B, S], its ``exponent`` [B] and ``direction`` [B, S].
 
-    ``history`` [steps + 1, B] has the exponents on the way, that of the given start first.
+    ``history`` [steps + 1, B] has the highest exponent after each step, that of the given start first.
     """
 
     start: Tensor
@@ -169,17 +168,18 @@ def max_lyapunov_start(
             stay; of another map all of the state is moved.
         start: states [B, S], a row for each ascent.
         num_steps: k, the steps over which the exponent is taken.
-        lr: length of a step of the ascent, > 0; without ``normalized`` it multiplies the gradient.
+        lr: length of the first step of each ascent, > 0; without ``normalized`` it multiplies the gradient. A step
+            that leads no higher is taken back, and those that follow it are half as long.
         max_steps: steps of the ascent, >= 0.
-        normalized: steps of one length along the gradient's direction. A start whose gradient vanishes or is not
-            finite stays where it is.
+        normalized: the length of a step does not depend on that of the gradient. A start whose gradient vanishes or
+            is not finite stays where it is.
         recompute: bounds the memory of derivatives; see :func:`max_lyapunov_exponent`.
 
-    Returns a :class:`LyapunovStart` with the best of all points passed, without graph; NaN counts as the worst. Nothing
-    is modified. Raises TypeError or ValueError for bad arguments.
+    Returns a :class:`LyapunovStart`, without graph. Nothing is modified. Raises TypeError or ValueError for bad
+    arguments.
 
-    Source: Lorraine et al., Lyapunov exponents for diversity in differentiable games (2022); that the best point and
-    not the last is returned is ours.
+    Source: Lorraine et al., Lyapunov exponents for diversity in differentiable games (2022), whose steps are all of one
+    length and end about as far from the maximum as that.
 
     >>> from nestopt_ext.games import sgd_map, small_ipd
     >>> step = sgd_map(small_ipd(), lr=1.0)
@@ -197,41 +197,49 @@ def max_lyapunov_start(
     _check_count(caller, "max_steps", max_steps, 0)
     _check_flag(caller, "normalized", normalized)
     moved = step.num_parameters if isinstance(step, OptimizerMap) else start.shape[1]
-    x = start.detach()
-    best = None
+    climb = _Climb(start.detach(), lr)
     history = []
     for number in range(max_steps + 1):
         with torch.enable_grad():
-            x = x.detach().requires_grad_(number < max_steps)
+            x = climb.proposal.detach().requires_grad_(number < max_steps)
             found = max_lyapunov_exponent(step, x, num_steps=num_steps, recompute=recompute)
-        exponent = found.exponent.detach()
-        history.append(exponent)
-        best = _better(best, x.detach(), exponent, found.direction)
-        if number < max_steps:
+        gradient = torch.zeros_like(x)
+        if found.exponent.requires_grad:  # it is constant where the Jacobian is
             (gradient,) = torch.autograd.grad(found.exponent.sum(), x)
-            x = x.detach() + lr * _ascent(gradient, moved, normalized)
-    assert best is not None
-    return LyapunovStart(*best, torch.stack(history))
+        climb.judge(found.exponent.detach(), found.direction, _uphill(gradient, moved, normalized))
+        history.append(climb.exponent)
+    return LyapunovStart(climb.start, climb.exponent, climb.direction, torch.stack(history))
 
 
-def _ascent(gradient: Tensor, moved: int, normalized: bool) -> Tensor:
+class _Climb:
+    """Steps that are taken back, and halved from there on, where they lead no higher; start by start."""
+
+    def __init__(self, start: Tensor, length: float) -> None:
+        self.start = self.proposal = start
+        self.exponent = start.new_full(start.shape[:1], torch.nan)
+        self.direction = torch.full_like(start, torch.nan)
+        self._uphill = torch.zeros_like(start)
+        self._length = start.new_full((start.shape[0], 1), length)
+
+    def judge(self, exponent: Tensor, direction: Tensor, uphill: Tensor) -> None:
+        """Takes the proposal where its exponent is higher, and makes another one; NaN is the lowest."""
+        higher = (exponent > self.exponent) | self.exponent.isnan()
+        row = higher[:, None]
+        self.start = torch.where(row, self.proposal, self.start)
+        self.exponent = torch.where(higher, exponent, self.exponent)
+        self.direction = torch.where(row, direction, self.direction)
+        self._uphill = torch.where(row, uphill, self._uphill)
+        self._length = torch.where(row, self._length, self._length / 2)
+        self.proposal = self.start + self._length * self._uphill
+
+
+def _uphill(gradient: Tensor, moved: int, normalized: bool) -> Tensor:
     """What to step along: zero in the buffers, and where it is not finite."""
     gradient = torch.cat([gradient[:, :moved], torch.zeros_like(gradient[:, moved:])], dim=1)
     length = gradient.norm(dim=1, keepdim=True)
     usable = length.isfinite() & (length > 0)
     unit = gradient / torch.where(usable, length, 1.0) if normalized else gradient
     return torch.where(usable, unit, 0.0)
-
-
-_Point = tuple[Tensor, Tensor, Tensor]
-
-
-def _better(best: _Point | None, x: Tensor, exponent: Tensor, direction: Tensor) -> _Point:
-    if best is None:
-        return x, exponent, direction
-    higher = (exponent > best[1]) | (best[1].isnan() & ~exponent.isnan())
-    row = higher[:, None]
-    return torch.where(row, x, best[0]), torch.where(higher, exponent, best[1]), torch.where(row, direction, best[2])
 
 
 # ---- sweeps along a trajectory --------------------------------------------------------------------------------------
@@ -361,18 +369,36 @@ def _leading(matrices: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 class _FirstOrder(torch.autograd.Function):
+    """The value itself; its gradient may be differentiated in ``value``, which is refused."""
+
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
+        ctx.save_for_backward(value)
         return value.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[no-untyped-call, untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
+        (value,) = ctx.saved_tensors
+        found: Tensor = _Refusal.apply(gradient, value)  # type: ignore[no-untyped-call]
+        return found
+
+
+class _Refusal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, value: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise RuntimeError(
+            "lyapunov_exponents: a second derivative must not be taken of exponents whose directions were searched; it"
+            " would miss how these turn with the start. Pass direction, or use max_lyapunov_exponent on a state of up"
+            f" to {DENSE_SIZE} numbers."
+        )
 
 
 def _first_order(value: Tensor) -> Tensor:
-    """The value, whose second derivative is refused: it would miss how the directions turn with the start."""
+    """The value, whose second derivative is refused."""
     result: Tensor = _FirstOrder.apply(value)  # type: ignore[no-untyped-call]
     return result
 

@@ -231,4 +231,4 @@ def _simultaneous(flat: FlatGame, parameters: Tensor, create_graph: bool) -> Ten
 
 def _dot(first: list[Tensor], second: list[Tensor]) -> Any:
     """The inner product of two lists for each start, (B,), with its graph."""
-    return sum((a * b).flatten(1).sum(1) for a, b in zip(first, second, strict=True))
+    return sum((a * b).reshape(a.shape[0], -1).sum(1) for a, b in zip(first, second, strict=True))
