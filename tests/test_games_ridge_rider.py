@@ -55,7 +55,8 @@ def test_both_solutions_of_the_small_dilemma_from_one_start(lr, wanted):
 
 def test_the_dilemma_branches_along_the_diagonal():
     step = sgd_map(small_ipd(), 1.0)
-    found = ridge_rider(step, torch.tensor([0.5, 0.4]), LyapunovBranches(max_steps=300), max_depth=1)
+    method = LyapunovBranches(max_steps=300, ascent_steps=12)
+    found = ridge_rider(step, torch.tensor([0.6, 0.5]), method, max_depth=1)
     (here,) = found.bifurcations
     close(here.state.tolist(), [0.93, 0.92], 0.03)
     close(here.values[0].real, 0.099, 2e-3)
@@ -67,11 +68,11 @@ def test_the_dilemma_branches_along_the_diagonal():
 
 def test_both_attractors_of_the_mixed_game():
     step = extragradient_map(mix(0.25, batch=1), 1.0)
-    method = LyapunovBranches(max_steps=2000, ascent_steps=20)
+    method = LyapunovBranches(max_steps=1500, ascent_steps=20)
     found = ridge_rider(step, starts()[2], method, max_depth=1)
-    close(losses_of(found.solutions), [(1.0, 0.5), (1.403, 1.373)], 2e-3)
+    close(losses_of(found.solutions), [(1.0, 0.5), (1.403, 1.373)], 5e-3)
     spiral = max(found.solutions, key=lambda solution: solution.losses)
-    close(spiral.state.tolist(), [0.115, -0.237], 0.05)
+    close(spiral.state.tolist(), [0.115, -0.237], 0.1)
     assert len(found.found_from(0)) == 2
 
 
@@ -114,7 +115,7 @@ def test_rides_with_any_function_of_states():
     def step(x):
         return x + 0.1 * (x - x**3)
 
-    method = LyapunovBranches(max_steps=2000, sizes=(0.5,), tolerance=1e-12)
+    method = LyapunovBranches(max_steps=300, sizes=(0.5,), ascent_steps=12, tolerance=1e-10)
     found = ridge_rider(step, torch.tensor([[0.9], [math.nan]], dtype=F64), method, losses=lambda x: x[:, 0] ** 2)
     close(found.bifurcations[0].state.item(), 0.0, 0.1)
     assert found.bifurcations[1].status is BranchStatus.non_finite
@@ -208,39 +209,43 @@ def test_one_ridge_of_a_group_of_equal_eigenvalues_is_enough():
         return -(w**2).sum(dim=1) / 2 + (w**2).sum(dim=1) ** 2 / 4  # round: one minimum but for symmetry
 
     origin = torch.zeros(4, dtype=F64)
-    one = ridge_rider(loss, origin, EigenRidges(step=0.05, finish=0.2))
-    every = ridge_rider(loss, origin, EigenRidges(step=0.05, finish=0.2, repeated="all"))
+    one = ridge_rider(loss, origin, EigenRidges(step=0.05), max_depth=1)
+    every = ridge_rider(loss, origin, EigenRidges(step=0.05, repeated="all"), max_depth=1)
     assert [b.rank for b in one.branches] == [0, 0]
     assert [b.rank for b in every.branches] == [0, 0, 1, 1, 2, 2, 3, 3]
-    close([float(s.state.norm()) for s in every.solutions], [1.0] * 8, 1e-6)
+    assert {b.status for b in every.branches} == {BranchStatus.turned}
+    close([float(b.end.norm()) for b in every.branches], [0.6] * 8, 1e-9)  # past 1 / sqrt 3, along a straight line
 
 
 def test_a_ridge_is_followed_as_it_turns():
-    """A valley along a circle of radius 1 around (0, 1): the ridge of (0, 0) turns with it."""
+    """A ridge along the parabola y = x^2 / 2: det H = -10 all along it."""
 
     def loss(w):
-        x, y = w[:, 0], w[:, 1] - 1
-        return 20 * (x**2 + y**2 - 1) ** 2 + y
+        return -(w[:, 0] ** 2) / 2 + 5 * (w[:, 1] - w[:, 0] ** 2 / 2) ** 2
 
     def ride(**options):
-        method = EigenRidges(step=0.02, max_steps=40, **options)
-        return ridge_rider(lambda w: -loss(w), torch.tensor([0.9, 0.0], dtype=F64), method, max_depth=1)
+        return ridge_rider(loss, torch.zeros(2, dtype=F64), EigenRidges(**options), max_depth=1)
 
-    followed = ride().branches[0]
-    assert followed.status is BranchStatus.completed
-    assert followed.steps == 40
-    strict = ride(min_overlap=0.99999).branches[0]
-    assert strict.status is BranchStatus.lost
+    ahead, back = ride(step=0.02, max_steps=60).branches
+    assert ahead.status is back.status is BranchStatus.completed
+    assert ahead.steps == 60
+    assert ahead.losses[0] < 0
+    assert float(ahead.end[1]) > 0.3
+    torch.testing.assert_close(ahead.end * torch.tensor([-1.0, 1.0]), back.end, rtol=0, atol=1e-12)
+    lost = ride(step=0.1, min_overlap=0.9999).branches[0]
+    assert lost.status is BranchStatus.lost
+    assert lost.solution is None
 
 
 def test_an_end_that_descent_leads_to_a_saddle_is_branched_at():
-    """Along x the curvature turns positive at once, and descent along the axis y = 0 ends in a saddle at x = 1."""
+    """Where the curvature along x turns positive that along y is too; descent ends in saddles at x = +-1, y = 0."""
 
     def loss(w):
         x, y = w[:, 0], w[:, 1]
-        return x**4 / 4 - x**2 / 2 + (0.7 - x**2) * y**2 + y**4
+        return x**4 / 4 - x**2 / 2 + (1 - 1.5 * x**2) * y**2 / 2 + y**4
 
-    found = ridge_rider(loss, torch.zeros(2, dtype=F64), EigenRidges(step=0.02, finish=0.2))
+    found = ridge_rider(loss, torch.zeros(2, dtype=F64), EigenRidges(step=0.02, finish=0.2), max_branches=6)
+    assert found.complete
     assert len(found.bifurcations) == 3
     close([b.state.abs().tolist() for b in found.bifurcations[1:]], [[1.0, 0.0]] * 2, 1e-6)
     assert len(found.solutions) == 4
@@ -261,7 +266,8 @@ def test_a_complex_pair_is_ridden_in_its_plane():
     """grad = (a x - y, x + a y) with a = r^2 - 1 / 2: unstable at 0, its plane the whole of it, stable outside."""
 
     class Spiral:
-        players = [torch.zeros(1, dtype=F64, requires_grad=True), torch.zeros(1, dtype=F64, requires_grad=True)]
+        def __init__(self):
+            self.players = [torch.zeros(1, dtype=F64, requires_grad=True) for _ in range(2)]
 
         def losses(self, players):
             x, y = players
@@ -299,15 +305,15 @@ def test_products_alone_find_what_matrices_find():
     assert len(signs) == 4
 
 
-class Xor:
-    """A network on the four points of exclusive or, from weights that keep its symmetries."""
+class Coordinate:
+    """A network that is to tell the first coordinate, from weights near 0, where it is a saddle."""
 
     def __init__(self):
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(2, 20), nn.Tanh(), nn.Linear(20, 1)).double()
         self.players = [self.net]
         self.x = torch.tensor([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]], dtype=F64)
-        self.y = torch.tensor([[-1.0], [1.0], [1.0], [-1.0]], dtype=F64)
+        self.y = self.x[:, :1]
         with torch.no_grad():
             for p in self.net.parameters():
                 p.mul_(0.01)
@@ -317,7 +323,7 @@ class Xor:
 
 
 def test_a_network_is_ridden_by_products():
-    game = Xor()
+    game = Coordinate()
     before = [p.clone() for p in game.net.parameters()]
     method = EigenRidges(step=0.1, max_steps=20, num_directions=1, min_curvature=1e-3)
     found = ridge_rider(game, None, method, max_depth=1)
@@ -387,7 +393,7 @@ def test_a_batch_is_what_its_branches_are_alone():
 
 def test_failures_are_recorded_and_stay_alone():
     def step(x):
-        return torch.where(x > 0.5, x * 3, torch.where(x < -0.5, x * torch.nan, x * 0.5))
+        return torch.where(x > 0.5, x * 3, torch.where(x < -0.5, torch.sqrt(x + 0.5), x * 0.5))
 
     method = LyapunovBranches(max_steps=50, ascent_steps=0, sizes=(0.1, 1.0))
     found = ridge_rider(step, torch.zeros(1, dtype=F64), method, max_depth=1)
@@ -450,7 +456,7 @@ def test_bad_methods(make, message):
 def test_an_archive_goes_on_with_what_it_came_from_only():
     method = EigenRidges(step=0.2)
     found = ridge_rider(wells, torch.zeros(2, dtype=F64), method, max_depth=1)
-    with pytest.raises(ValueError, match="step must be that of the archive, 0.2; got 0.1"):
+    with pytest.raises(ValueError, match=r"step must be that of the archive, 0\.2; got 0\.1"):
         ridge_rider(wells, None, EigenRidges(step=0.1), archive=found)
     with pytest.raises(ValueError, match="start must be that of the archive"):
         ridge_rider(wells, torch.ones(2, dtype=F64), method, archive=found)

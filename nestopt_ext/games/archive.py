@@ -196,8 +196,11 @@ class Archive:
         return [self.solutions[i] for i in sorted(solutions)]
 
     def table(self) -> str:
-        """The solutions as text: losses, the length of the last step, the number of branches that ended there, and the
-        fingerprint of the first of them, rank and sign of each branch on the way."""
+        """The solutions as text, with the number of branches that ended at each.
+
+        The last step is the length of it, of the first of these branches, and the fingerprint its way: rank and sign of
+        each branch.
+        """
         rows = [["solution", "losses", "last step", "branches", "fingerprint"]]
         for found in self.solutions:
             losses = " ".join(f"{loss:.4g}" for loss in found.losses)
