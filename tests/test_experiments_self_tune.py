@@ -91,7 +91,7 @@ def test_each_method_runs_and_moves_what_it_can(everything, method):
     start = {d.name: d.start for d in everything[0].problem.space}
     assert list(start) == ["input_dropout", "dropout1", "dropout2", "weight_decay", "label_smoothing"]
     moved = {name for name, value in result.final["values"].items() if value != pytest.approx(start[name], rel=1e-4)}
-    assert moved == set(start)
+    assert moved == (set() if method == "fixed" else set(start))
     assert result.trainings == (2 if method in ("random", "tpe", "gp", "grid") else 1)
     assert result.best["valid_loss"] == min(point["valid_loss"] for point in result.points)
 
@@ -131,6 +131,15 @@ def test_a_training_at_fixed_values_is_the_plain_one(problem):
     for mine, theirs in zip(learner.model.general_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs)
     assert learner.values() == pytest.approx(values, rel=1e-4)
+
+
+def test_dropout_rates_start_where_they_are_told_to():
+    values = make_problem(dataclasses.replace(TINY, start_rate=0.5).resolved()).hyper_parameters().values()
+    assert {name: round(float(value), 6) for name, value in values.items()} == {
+        "input_dropout": 0.5,
+        "dropout1": 0.5,
+        "dropout2": 0.5,
+    }
 
 
 @pytest.mark.parametrize("method", ["delta-stn", "stn", "fixed", "ift"])
@@ -263,7 +272,7 @@ def whole(request, tmp_path_factory):
     return self_tune(config, folder), folder
 
 
-@pytest.mark.parametrize("stop", [1, 3, 6])
+@pytest.mark.parametrize("stop", [1, 6])
 def test_a_stopped_run_continues_bit_for_bit(tmp_path, whole, stop):
     config = whole[0].config
     stopped = False
@@ -395,6 +404,7 @@ def test_quick_run_without_the_extras(tmp_path, capsys, monkeypatch):
         (["--lr-drops", "5,5"], "--lr-drops must increase"),
         (["--lr-drops", "a"], "must be epochs such as"),
         (["--lr", "0"], "--lr must be > 0"),
+        (["--start-rate", "0.95"], "--start-rate must be > 0 and < 0.95"),
         (["--hyper-lr", "nan"], "--hyper-lr"),
         (["--entropy-weight", "-1"], "--entropy-weight must be >= 0"),
         (["--threads", "100000"], "--threads must be <="),

@@ -41,7 +41,7 @@ ROOMS = {
     "solvers": FOUNDATION,  # never curvature: a solver sees only a matvec
     "hypergrad": FOUNDATION | {"solvers", "curvature", *LOOPS},
     "response": FOUNDATION | {"hypergrad", "optim", "curvature", *LOOPS},
-    "games": FOUNDATION | {"hypergrad", "optim", "curvature", "_progress"},
+    "games": FOUNDATION | {"hypergrad", "optim", "curvature", *LOOPS},
     "_progress": set(),
     "_checkpoint": set(),
     "_json_log": set(),
@@ -53,6 +53,7 @@ REQUIRED = {"torch", "numpy"}
 EXTRAS = {
     "_progress": {"tqdm"},
     "response": {"matplotlib"},
+    "games": {"matplotlib"},
     "experiments": {"matplotlib", "optuna", "rich", "sklearn", "tqdm", "PIL"},
 }
 
@@ -138,7 +139,7 @@ def test_every_source_is_listed_once() -> None:
 
 def test_an_op_has_one_stem_everywhere() -> None:
     stems = ("complex_adam", "complex_sgd", "dual_series", "hadamard_gram", "neumann", "rank_one_update", "row_dot")
-    for stem in (*stems, "softmax_hessian"):
+    for stem in (*stems, "softmax_hessian", "stn_gate"):
         expected = [
             f"csrc/math/{stem}.h",
             f"csrc/cpu/{stem}.cpp",

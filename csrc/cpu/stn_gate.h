@@ -8,16 +8,19 @@
 
 namespace nestopt::cpu {
 
-// Work is cut by examples and blocks of channels; those whose slabs are long have few channels to a block.
+// Work is cut by examples and blocks of channels.
 struct StnGateBlocks {
-  static constexpr int64_t kChannels = 1024;
-  static constexpr int64_t kElements = 16384;
+  static constexpr int64_t kShort = 1024;  // elements of a block of short runs
+  static constexpr int64_t kLong = 16384;  // of one of long runs, or else it has one run
 
+  bool short_runs;
   int64_t channels;  // of the largest block
   int64_t count;     // for each example
 
   explicit StnGateBlocks(const StnGateSizes& sizes)
-      : channels(std::min(sizes.channels, std::max<int64_t>(1, std::min(kChannels, kElements / sizes.run)))),
+      : short_runs(sizes.run <= 32),
+        channels(std::min(sizes.channels,
+                          short_runs ? kShort / sizes.run : std::clamp<int64_t>(kLong / sizes.run, 1, kShort))),
         count((sizes.channels + channels - 1) / channels) {}
 };
 
@@ -31,10 +34,18 @@ inline int64_t stn_gate_backward_count(const StnGateBackward& backward) {
   return backward.sizes.examples * StnGateBlocks(backward.sizes).count * backward.pieces();
 }
 
+// A unit is a block of channels of all examples.
+constexpr int64_t kStnGateFold = 256;
+inline int64_t stn_gate_fold_count(const StnGateBackward& backward) {
+  return (backward.sizes.channels + kStnGateFold - 1) / kStnGateFold;
+}
+
 // Units [first, last); data are of X, gates of G.
 template <class X, class G>
 void stn_gate_units(const StnGate& gate, int64_t first, int64_t last);
 template <class X, class G>
 void stn_gate_backward_units(const StnGateBackward& backward, int64_t first, int64_t last);
+template <class X, class G>
+void stn_gate_fold_units(const StnGateBackward& backward, int64_t first, int64_t last);
 
 }  // namespace nestopt::cpu

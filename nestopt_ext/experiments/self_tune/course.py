@@ -9,7 +9,7 @@ from .config import Budget
 from .learner import Learner
 
 #: Where seconds are given, a curve has at least so many points, however long an epoch takes.
-_LOOKS = 40
+_LOOKS = 20
 
 
 class TrainingDiverged(RuntimeError):

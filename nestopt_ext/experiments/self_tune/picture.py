@@ -16,6 +16,7 @@ _LOOK: dict[str, dict[str, Any]] = {
     "stn": {"color": _style.BLUE, "ls": "-"},
     "hypernet": {"color": _style.PINK, "ls": "-"},
     "ift": {"color": _style.GREEN, "ls": "-"},
+    "fixed": {"color": "0.7", "ls": "-"},
     "random": {"color": "black", "ls": "--"},
     "tpe": {"color": "0.45", "ls": "--"},
     "gp": {"color": _style.SKY, "ls": "--"},

@@ -12,6 +12,7 @@ LABELS = {
     "stn": "STN",
     "hypernet": "linear hypernetwork, local",
     "ift": "implicit differentiation",
+    "fixed": "start values, not tuned",
     "random": "random search",
     "tpe": "TPE",
     "gp": "Gaussian process",

@@ -182,7 +182,7 @@ class _Run:
         self._save({})
 
     def _single(self, method: str) -> MethodResult:
-        """A method that tunes while it trains."""
+        """A method that trains once, and tunes meanwhile unless it is ``fixed``."""
         reason = too_large(self.problem) if method == "hypernet" else None
         if reason is not None:
             return MethodResult(method, trainings=0, skipped=reason)
@@ -202,7 +202,9 @@ class _Run:
     def _learner(self, method: str) -> Learner:
         if method in RESPONSE_METHODS:
             return ResponseLearner(self.problem, method)
-        return HypernetLearner(self.problem) if method == "hypernet" else LoopLearner(self.problem, tuned=True)
+        return (
+            HypernetLearner(self.problem) if method == "hypernet" else LoopLearner(self.problem, tuned=method == "ift")
+        )
 
     def _search(self, method: str) -> MethodResult:
         """Trainings at fixed values, each of so many epochs, until the budget is spent; the last one may be shorter."""
