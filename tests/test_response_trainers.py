@@ -726,7 +726,7 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_c
 
 ITERATOR = iter([data()])
 BAD = {
-    "no model": ({"model": nn.Linear(2, 2)}, TypeError, "model must be a StnModel; got Linear. Make one by to_stn"),
+    "no model": ({"model": nn.Linear(2, 2)}, TypeError, "model must be a StnModel; got Linear. .* to_delta_stn"),
     "not centred": ({"model": network(False)}, ValueError, "model must be centred; got centred=False. .* to_delta_stn"),
     "criterion": ({"criterion": 3}, TypeError, "criterion must be callable; got int"),
     "augment": ({"augment": 3}, TypeError, "augment must be callable; got int"),
@@ -775,6 +775,8 @@ def test_bad_batches_and_losses():
     trainer._criterion = lambda o, t: F.cross_entropy(o, t, reduction="none")
     with pytest.raises(TypeError, match=r"criterion must return a scalar Tensor, a mean loss; got shape \(6,\)"):
         trainer.train_step((x, y))
+    with pytest.raises(TypeError, match=r"metrics\['share'\] must return a scalar Tensor, .* got float"):
+        make(True, metrics={"share": lambda o, t: 0.5}).evaluate([(x, y)])
     trainer._criterion = lambda o, t: o.detach().mean()
     with pytest.raises(ValueError, match="the training loss must depend on what it trains"):
         trainer.train_step((x, y))

@@ -358,10 +358,11 @@ class ResponseTrainer:
                 for batch in batches:
                     outputs, targets, carry = self._outputs(self._on_device(batch), carry)
                     size = targets.numel() if isinstance(targets, Tensor) else self._batch_size(batch)
-                    found = {"loss": self._valid_criterion(outputs, targets)}
-                    found |= {name: metric(outputs, targets) for name, metric in self._metrics.items()}
+                    found = {"loss": self._checked(self._valid_criterion(outputs, targets), "valid_criterion")}
+                    for name, metric in self._metrics.items():
+                        found[name] = self._checked(metric(outputs, targets), f"metrics[{name!r}]")
                     for name, value in found.items():
-                        term = self._checked(value, name).double() * size
+                        term = value.double() * size
                         sums[name] = sums[name] + term if name in sums else term
                     weight += size
         finally:
