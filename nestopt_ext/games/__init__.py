@@ -22,6 +22,7 @@ from .maps import OptimizerMap, extragradient_map, lola_map, momentum_map, sgd_m
 from .momentum import convergence_rate, converges, momentum_matrix, momentum_spectrum, small_step_converges
 from .momentum_choice import MethodComparison, MomentumChoice, compare_methods, optimal_momentum
 from .play import alternating, simultaneous
+from .ride_plots import plot_phase_portrait, plot_ride_tree
 from .ridge_rider import ridge_rider
 from .spectrum import Spectrum, spectrum
 from .trajectory import Trajectory
@@ -80,6 +81,8 @@ __all__ = [
     "momentum_spectrum",
     "optimal_momentum",
     "parameters",
+    "plot_phase_portrait",
+    "plot_ride_tree",
     "random_subspace_ipd",
     "ridge_rider",
     "sga",

@@ -50,7 +50,8 @@ class _Fresh:
         self._generator = torch.Generator().manual_seed(0)
 
     def __call__(self) -> Tensor:
-        return torch.randn(self._like.shape[1], generator=self._generator, dtype=torch.float64).to(self._like)
+        vector = torch.randn(self._like.shape[1], generator=self._generator, dtype=torch.float64)
+        return vector.to(device=self._like.device, dtype=self._like.dtype)
 
 
 def _added(basis: Tensor, vector: Tensor, fresh: _Fresh) -> Tensor:
@@ -59,7 +60,8 @@ def _added(basis: Tensor, vector: Tensor, fresh: _Fresh) -> Tensor:
     rest = _beside(basis, vector / torch.where(length > 0, length, 1.0))
     exhausted = rest.norm(dim=1, keepdim=True) <= 100 * torch.finfo(vector.dtype).eps
     rest = torch.where(exhausted, _beside(basis, fresh().expand_as(vector)), rest)
-    return rest / rest.norm(dim=1, keepdim=True)
+    unit: Tensor = rest / rest.norm(dim=1, keepdim=True)
+    return unit
 
 
 def _beside(basis: Tensor, vector: Tensor) -> Tensor:

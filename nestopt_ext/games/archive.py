@@ -196,12 +196,16 @@ class Archive:
         return [self.solutions[i] for i in sorted(solutions)]
 
     def table(self) -> str:
-        """The solutions as text: losses, the branches that found each, and the fingerprint of the first of them."""
-        rows = [["solution", "losses", "branches", "fingerprint"]]
+        """The solutions as text, with the number of branches that ended at each.
+
+        The last step is the length of it, of the first of these branches, and the fingerprint its way: rank and sign of
+        each branch.
+        """
+        rows = [["solution", "losses", "last step", "branches", "fingerprint"]]
         for found in self.solutions:
             losses = " ".join(f"{loss:.4g}" for loss in found.losses)
             way = " ".join(f"{rank}{'+' if sign > 0 else '-'}" for rank, sign in found.fingerprint)
-            rows.append([str(found.id), losses, str(len(found.branches)), way])
+            rows.append([str(found.id), losses, f"{found.moved:.1e}", str(len(found.branches)), way])
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
