@@ -6,7 +6,18 @@ import pytest
 import torch
 from cases import F64, generator, normal
 
-from nestopt_ext.games import bilinear, dirac_gan, game_jacobian, gradients, ipd, matching_pennies, mixed
+from nestopt_ext.games import (
+    bilinear,
+    dirac_gan,
+    game_jacobian,
+    gradients,
+    ipd,
+    matching_pennies,
+    mix,
+    mixed,
+    random_subspace_ipd,
+    small_ipd,
+)
 
 MATRIX = normal(0, 3, 2)
 SQUARE = [normal(i, 3, 3) for i in range(3)]
@@ -30,7 +41,13 @@ MAKERS = {
     "dirac function": lambda **kw: dirac_gan(softplus_like, saturating=False, **kw),
     "pennies": matching_pennies,
     "ipd": ipd,
+    "small ipd": small_ipd,
+    "mix": mix,
+    "random subspace ipd": random_subspace_ipd,
 }
+
+#: Dilemmas, which have neither a Jacobian in closed form nor one solution.
+DILEMMAS = (ipd, small_ipd, mix, random_subspace_ipd)
 
 
 @pytest.fixture(params=MAKERS)
@@ -43,7 +60,7 @@ def test_closed_form_jacobians_are_what_autograd_finds(make, batch):
     game = make(generator=3, batch=batch)
     found = game_jacobian(game.losses(game.players), game.players).dense()
     if not hasattr(game, "jacobian"):
-        assert make is ipd
+        assert make in DILEMMAS
         return
     torch.testing.assert_close(game.jacobian().expand_as(found), found, rtol=1e-12, atol=1e-13)
 
@@ -51,7 +68,7 @@ def test_closed_form_jacobians_are_what_autograd_finds(make, batch):
 def test_gradients_vanish_at_the_solution(make):
     game = make(generator=0)
     if game.solution is None:
-        assert make is ipd
+        assert make in DILEMMAS
         return
     game.reset(game.solution)
     for grad in gradients(game.losses(game.players), game.players):
@@ -253,6 +270,110 @@ def test_ipd_exchanged_players_exchange_losses():
     )
 
 
+def stationary(game, start):
+    """The point near ``start`` where the simultaneous gradient vanishes, and the Jacobian there; by Newton's method."""
+    game.reset(torch.tensor(start, dtype=F64).unbind())
+    for _ in range(30):
+        jacobian = game_jacobian(game.losses(game.players), game.players)
+        point = jacobian.flatten([p.detach() for p in game.players])
+        moved = point - torch.linalg.solve(jacobian.dense(), jacobian.flatten(jacobian.gradients))
+        game.reset(moved.unbind())
+    assert (moved - point).abs().max() < 1e-12
+    return moved, game_jacobian(game.losses(game.players), game.players).dense()
+
+
+def descended(game, num_steps, lr=1.0):
+    for _ in range(num_steps):
+        moved = [
+            p - lr * g for p, g in zip(game.players, gradients(game.losses(game.players), game.players), strict=True)
+        ]
+        game.reset([p.detach() for p in moved])
+    return torch.stack(game.losses(game.players)).detach()
+
+
+def test_small_ipd_is_ipd_with_one_logit():
+    a, b = torch.randn(2, 6, dtype=F64)
+    forgive = torch.full((6,), -3.0, dtype=F64)
+    whole = ipd(0.9, start=(torch.stack([a, a, forgive, a, forgive], 1), torch.stack([b, b, b, forgive, forgive], 1)))
+    game = small_ipd(start=(a, b))
+    wanted = torch.stack(whole.per_round(whole.players))
+    torch.testing.assert_close(torch.stack(game.losses(game.players)), wanted, rtol=1e-13, atol=0)
+
+
+def test_small_ipd_has_its_saddle_where_it_is_published():
+    game = small_ipd(generator=0)
+    saddle, jacobian = stationary(game, [0.4, 0.4])
+    torch.testing.assert_close(torch.sigmoid(saddle), torch.tensor([0.6030, 0.6030], dtype=F64), atol=1e-4, rtol=0)
+    torch.testing.assert_close(saddle, torch.tensor([0.4179, 0.4179], dtype=F64), atol=1e-4, rtol=0)
+    assert [loss.item() for loss in game.losses(game.players)] == pytest.approx([1.7940] * 2, abs=1e-4)
+    values, vectors = torch.linalg.eig(jacobian)
+    order = values.real.argsort()
+    assert values.imag.abs().max() == 0
+    assert values.real[order].tolist() == pytest.approx([-0.03925, 0.03925], abs=1e-5)
+    root = 0.5**0.5
+    assert vectors[:, order[0]].real.abs().tolist() == pytest.approx([root, root])
+    assert (vectors[0, order[1]] / vectors[1, order[1]]).real.item() == pytest.approx(-1.0)
+
+
+def test_small_ipd_branches_into_both_solutions():
+    saddle, _ = stationary(small_ipd(generator=0), [0.4, 0.4])
+    start = saddle + torch.tensor([[1.0], [-1.0]], dtype=F64)
+    game = small_ipd(start=start.unbind(1))
+    losses = descended(game, 500, lr=3.0)
+    assert losses[:, 0].tolist() == pytest.approx([1.0, 1.0], abs=0.005)
+    assert losses[:, 1].tolist() == pytest.approx([1.96, 1.96], abs=0.005)
+
+
+def test_mix_is_between_its_games():
+    players = torch.randn(2, 4, dtype=F64).unbind()
+    pennies, dilemma = matching_pennies(start=players), small_ipd(start=players)
+    both = [torch.stack(game.losses(game.players)) for game in (pennies, dilemma)]
+    for tau in (0.0, 0.3, 1.0):
+        game = mix(tau, start=players)
+        wanted = tau * both[0] + (1 - tau) * both[1]
+        torch.testing.assert_close(torch.stack(game.losses(game.players)), wanted, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("tau", "start", "eigenvalues", "losses"),
+    [
+        (0.25, [0.115, -0.237], [0.0022 - 0.0609j, 0.0022 + 0.0609j], [1.403, 1.373]),
+        (0.1, [0.202, -1.395], [0.0012 - 0.0189j, 0.0012 + 0.0189j], None),
+        (0.1, [0.258, 0.985], [-0.0381, 0.0308], None),
+    ],
+)
+def test_mix_has_the_published_stationary_points(tau, start, eigenvalues, losses):
+    game = mix(tau, generator=0)
+    point, jacobian = stationary(game, start)
+    assert point.tolist() == pytest.approx(start, abs=1e-3)
+    found = torch.linalg.eigvals(jacobian).tolist()
+    assert sorted(found, key=lambda z: (z.real, z.imag)) == pytest.approx(eigenvalues, abs=1e-4)
+    if losses is not None:
+        assert [loss.item() for loss in game.losses(game.players)] == pytest.approx(losses, abs=1e-3)
+
+
+def test_mix_has_another_attractor_far_out():
+    losses = descended(mix(start=(torch.tensor(3.0), torch.tensor(3.0))), 600, lr=5.0)
+    assert losses.tolist() == pytest.approx([1.0, 0.5], abs=0.005)
+
+
+def test_random_subspace_ipd_is_ipd_on_a_plane():
+    game = random_subspace_ipd(seed=4, batch=5, generator=1)
+    first, second = game.logits(game.players)
+    whole = ipd(start=(first.detach(), second.detach()))
+    assert torch.equal(torch.stack(game.losses(game.players)), torch.stack(whole.losses(whole.players)))
+    torch.testing.assert_close(
+        torch.stack(game.per_round(game.players)), 0.04 * torch.stack(whole.losses(whole.players))
+    )
+    assert game.directions.abs().max() < 2
+    assert not torch.equal(game.directions, random_subspace_ipd(seed=5).directions)
+    assert torch.equal(game.directions.float(), random_subspace_ipd(seed=4, dtype=torch.float32).directions)
+    centre = random_subspace_ipd(start=(torch.tensor(0.0), torch.tensor(0.0)))
+    first, second = (torch.sigmoid(logits).tolist() for logits in centre.logits(centre.players))
+    assert first == pytest.approx([0.5, 0.75, 0.25, 0.75, 0.25])
+    assert second == pytest.approx([0.5, 0.75, 0.75, 0.25, 0.25])
+
+
 # ---- bad arguments ---------------------------------------------------------------------------------------------------
 
 BAD = [
@@ -277,6 +398,13 @@ BAD = [
     (lambda: ipd(1.0), ValueError, "ipd: discount must be below 1"),
     (lambda: ipd(-0.1), ValueError, "ipd: discount must be finite and >= 0"),
     (lambda: ipd(dtype=torch.bfloat16), TypeError, "ipd: dtype must be float32 or float64"),
+    (lambda: small_ipd(1.0), ValueError, "small_ipd: discount must be below 1"),
+    (lambda: mix(1.5), ValueError, r"mix: tau must be in \[0, 1\]"),
+    (lambda: mix(math.nan), ValueError, "mix: tau must be finite"),
+    (lambda: mix(discount=1.0), ValueError, "mix: discount must be below 1"),
+    (lambda: random_subspace_ipd(1.0), ValueError, "random_subspace_ipd: discount must be below 1"),
+    (lambda: random_subspace_ipd(seed=1.5), TypeError, "random_subspace_ipd: seed must be an int"),
+    (lambda: random_subspace_ipd(dtype=torch.float16), TypeError, "random_subspace_ipd: dtype must be float32"),
 ]
 
 

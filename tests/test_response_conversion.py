@@ -306,6 +306,10 @@ class Scaled(nn.Linear):
         return 2 * super().forward(x)
 
 
+class Marked(nn.Linear):
+    mark = 3
+
+
 class Started(nn.Linear):
     def __init__(self, size):
         super().__init__(size, size)
@@ -327,7 +331,8 @@ def replaced_forward():
 @pytest.mark.parametrize(
     "layer, reason",
     [
-        (lambda: Scaled(4, 4), "Scaled is a Linear with methods of its own"),
+        (lambda: Scaled(4, 4), "Scaled is a Linear with methods or attributes of its own"),
+        (lambda: Marked(4, 4), "Marked is a Linear with methods or attributes of its own"),
         (replaced_forward, "its forward was replaced"),
         (lambda: nn.LazyLinear(4), "it is lazy. Call the model with a batch first"),
         (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), "its weight is computed by a parametrization"),
@@ -360,6 +365,26 @@ def test_adaptive_softmax_is_left_alone():
     report = to_stn(plain, hyper_parameters()).report
     assert list(report.converted) == ["body"]
     assert report.left["loss.head"].startswith("nn.AdaptiveLogSoftmaxWithLoss calls its layers with some")
+
+
+def test_what_a_call_left_on_a_module_is_copied_without_its_graph():
+    plain = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    plain[0].last = plain.last = plain[0](torch.ones(2, 3))
+    model = to_delta_stn(plain, hyper_parameters())
+    assert model.module.last is model.module[0].last
+    assert torch.equal(model.module.last, plain.last) and not model.module.last.requires_grad
+
+
+def test_a_traced_model_is_converted():
+    plain = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    traced = torch.fx.symbolic_trace(plain)
+    model = randomized(to_delta_stn(traced, hyper_parameters()))
+    assert list(model.report.converted) == ["0", "2"] and not model.report.left
+    x, h = torch.randn(4, 3, dtype=torch.float64), model.hparams.perturbed(4)
+    same = randomized(to_delta_stn(plain, hyper_parameters()))
+    same.load_state_dict(model.state_dict())
+    with model.at(h), same.at(h):
+        assert torch.equal(model.module(x), same.module(x))
 
 
 def test_two_linear_layers_that_share_a_weight():
@@ -502,6 +527,8 @@ def test_excluded_modules_are_left_with_all_inside():
         ({"model": nn.Sequential(nn.GRU(3, 3))}, ValueError, "layer that can respond; got none.\nleft alone  0: GRU"),
         ({"model": nn.Linear(3, 3), "hparams": HyperParameters()}, ValueError, "at least one entry; got none, and no"),
         ({"options": {"0": {"colour": 1}}}, TypeError, "colour"),
+        ({"model": nn.Sequential(nn.Linear(3, 3), nn.Dropout(), hyper_parameters())}, ValueError, "of its own"),
+        ({"model": nn.Sequential(nn.Linear(3, 3), StnLinear(3, 3, num_hparams=9))}, ValueError, "num_hparams=9"),
     ],
 )
 def test_arguments_of_other_kinds_are_refused(convert, arguments, error, message):

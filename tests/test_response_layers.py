@@ -40,6 +40,9 @@ CASES = {
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+each_number_of_rows = pytest.mark.parametrize(
+    ("dtype", "rows"), [(torch.float64, B), (torch.float64, 1), (torch.float32, B)], ids=str
+)
 
 
 def make(case, dtype=torch.float64, prefix="Stn"):
@@ -93,9 +96,8 @@ def by_double_backward(f, tangents):
 # ---- one layer ------------------------------------------------------------------------------------------------------
 
 
-@each_dtype
+@each_number_of_rows
 @each_case
-@pytest.mark.parametrize("rows", [B, 1])
 def test_output_and_gradients_are_those_of_the_definition(case, dtype, rows):
     layer, x = make(case, dtype)
     h = torch.randn(rows, N, dtype=dtype, requires_grad=True)
@@ -104,6 +106,17 @@ def test_output_and_gradients_are_those_of_the_definition(case, dtype, rows):
     found = with_gradients([layer(x, h)], sources)
     wanted = with_gradients([defined(case, dict(layer.named_parameters()), x, h)], sources)
     assert_close(found, wanted, dtype)
+
+
+@each_case
+def test_one_stacked_product_gives_what_two_give(case):
+    layer, x = make(case)
+    h = torch.randn(B, N, dtype=x.dtype, requires_grad=True)
+    sources = [x.requires_grad_(), h, *layer.parameters()]
+    two = with_gradients([layer(x, h)], sources)
+    assert layer.stacked is (False if getattr(layer, "groups", 1) > 1 else None)
+    layer.stacked = layer.stacked is None
+    assert_close(with_gradients([layer(x, h)], sources), two, x.dtype)
 
 
 @each_case
@@ -140,9 +153,8 @@ def test_a_new_delta_layer_is_the_plain_layer_everywhere_and_a_new_stn_layer_is_
         assert (stn(x, h) - stn(x)).abs().max() > 0
 
 
-@each_dtype
+@each_number_of_rows
 @each_case
-@pytest.mark.parametrize("rows", [B, 1])
 @pytest.mark.parametrize("moves", [True, False], ids=["input-moves", "input-fixed"])
 def test_linearized_is_the_jvp_in_input_and_gate_input(case, dtype, rows, moves):
     layer, x = make(case, dtype, "DeltaStn")
@@ -344,8 +356,20 @@ def test_one_example_without_a_dimension_for_it(name):
     h = torch.randn(N, dtype=x.dtype)
     torch.testing.assert_close(layer(x[0]), layer(x)[0])
     torch.testing.assert_close(layer(x[0], h), layer(x, h)[0])
+    with forward_ad.dual_level(), using(Sample(h[None], {}, linearized=True)):
+        y = forward_ad.unpack_dual(layer(x[0]))
+    torch.testing.assert_close(y.tangent, layer(x[0], h) - layer(x[0]))
     with pytest.raises(ValueError, match=r"must have shape \(3,\), \(1, 3\); got \(4, 3\)"):
         layer(x[0], torch.randn(B, N, dtype=x.dtype))
+
+
+def test_one_word_without_a_dimension_for_examples():
+    for layer, words in (embedding(), embedding(batch_dim=1)):
+        word, h = words[0, 0] if layer.batch_dim == 0 else words[:, 0], torch.randn(N, dtype=torch.float64)
+        wanted = F.embedding(word, next(layer.responses()).at(h))
+        torch.testing.assert_close(layer(word, h), wanted)
+        with forward_ad.dual_level(), using(Sample(h[None], {}, linearized=True)):
+            torch.testing.assert_close(sum(forward_ad.unpack_dual(layer(word))), wanted)
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d", "linear-time-first"])
@@ -444,7 +468,7 @@ def test_words_are_dropped_everywhere_from_both_tables_at_the_rate_of_the_exampl
     layer = response.StnEmbedding(2000, 1, num_hparams=1, batch_dim=batch_dim, word_dropout="rate")
     words = torch.arange(2000).repeat(2)
     x = torch.stack([words, words, words], batch_dim)
-    rates = torch.tensor([0.0, 0.25, 0.9])
+    rates = torch.tensor([0.0, 0.25, 0.8])
     h = torch.randn(3, 1)
     whole = layer.eval()(x, h)
     with using(Sample(h, {"rate": rates})):
@@ -470,12 +494,26 @@ def test_the_linearized_embedding_drops_the_same_words_from_primal_and_tangent()
     assert dropped.any() and not dropped.all() and torch.equal(dropped, tangent == 0)
 
 
+def test_a_rate_of_one_drops_all_words_and_a_rate_outside_shows():
+    layer, x = embedding(word_dropout="rate")
+    with using(Sample(None, {"rate": torch.tensor([1.0, 0.0, 1.5, -0.5])})):
+        y = layer(x)
+    assert not y[0].any() and torch.equal(y[1], layer.eval()(x)[1]) and y[2:].isnan().all()
+    assert layer(x[0]).shape == (5, D)
+
+
 def test_words_of_an_embedding_need_a_rate_to_be_dropped():
     layer, x = embedding(word_dropout="rate")
     with pytest.raises(RuntimeError, match="StnEmbedding: must be called with a sample"):
         layer(x)
     with using(Sample(None, {"other": torch.zeros(1)})), pytest.raises(KeyError, match="rate"):
         layer(x)
+    for shape in ((1, 2), (B + 1,)):
+        with (
+            using(Sample(None, {"rate": torch.zeros(shape)})),
+            pytest.raises(ValueError, match=r"'rate' must be one num"),
+        ):
+            layer(x)
 
 
 def test_an_embedding_starts_copies_and_prints_like_the_others():

@@ -28,7 +28,7 @@ def randomized(model):
 
 def network(*, centred=True, middle=None):
     linear = DeltaStnLinear if centred else StnLinear
-    layers = [linear(3, 5, num_hparams=2), middle or nn.Tanh(), linear(5, 2, num_hparams=2)]
+    layers = [linear(3, 5, num_hparams=2), nn.Tanh() if middle is None else middle, linear(5, 2, num_hparams=2)]
     return randomized(StnModel(nn.Sequential(*layers).double(), hyper_parameters(), centred=centred))
 
 
@@ -216,6 +216,47 @@ def test_an_operation_without_a_forward_derivative_is_named(function, name):
     model = network(middle=Applied(function))
     with pytest.raises(RuntimeError, match=f"operations with a forward-mode derivative; got {name}.*linearize=False"):
         linearized(model)
+
+
+@torch.library.custom_op("nestopt_ext_tests::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+twice.register_autograd(lambda ctx, grad: 2 * grad)
+
+
+@pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_operator_that_loses_tangents_is_named(grad_mode, training):
+    model = network(middle=Applied(twice)).train(training)
+    with grad_mode(), pytest.raises(RuntimeError, match=r"got (nestopt_ext_tests.twice|an autograd.Function)"):
+        linearized(model)
+
+
+def test_operations_are_watched_once_in_each_mode():
+    seen = []
+    model = network(middle=Applied(lambda y: seen.append(len(torch.overrides._get_current_function_mode_stack())) or y))
+    for training in (True, True, False, False):
+        linearized(model.train(training))
+    assert [n > seen[1] for n in seen] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("part", ["all", "inside"])
+def test_compiled_code_runs_as_it_was_written_where_it_is_linearized(part):
+    model = network(middle=torch.compile(nn.Tanh(), backend="eager") if part == "inside" else None)
+    plain = network()
+    plain.load_state_dict(model.state_dict())
+    call = torch.compile(model, backend="eager") if part == "all" else model
+    h = model.hparams.perturbed(4).detach()
+    with model.at(h, linearized=True):
+        out = call(X)
+    with plain.at(h, linearized=True):
+        torch.testing.assert_close(out, plain(X), rtol=0, atol=1e-13)
+    with model.at(h):
+        out = call(X)
+    with plain.at(h):
+        torch.testing.assert_close(out, plain(X), rtol=0, atol=1e-13)
 
 
 def test_what_pytorch_would_lose_in_silence_is_refused():

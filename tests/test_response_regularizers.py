@@ -9,10 +9,14 @@ from torch import nn
 
 from nestopt_ext.response import (
     ActivationRegularization,
+    Cutout,
+    DeltaStnConv2d,
     DeltaStnLinear,
+    DeltaStnTrainer,
     HyperParameters,
     LabelSmoothing,
     StnConv2d,
+    StnDropout,
     StnEmbedding,
     StnLinear,
     StnLSTM,
@@ -285,3 +289,58 @@ def test_activation_regularization_says_what_does_not_fit():
         ActivationRegularization(None)
     with pytest.raises(ValueError, match="time_dim must differ from batch_dim; got 0 for both"):
         ActivationRegularization("alpha", batch_dim=0)
+
+
+# ---- together -------------------------------------------------------------------------------------------------------
+
+
+def test_a_discrete_hyperparameter_learns_through_gates_only():
+    layer = DeltaStnLinear(4, 1, bias=False, num_hparams=2, **DOUBLE)
+    nn.init.normal_(layer.gate_weight)
+    hparams = HyperParameters(**DOUBLE).add("holes", 1, low=0, high=5, discrete=True)
+    hparams.add("rate", 0.5, low=0, high=0.9)
+    model = StnModel(nn.Sequential(StnDropout("rate"), layer), hparams, centred=True)
+    x = torch.randn(6, 4, **DOUBLE)
+    torch.manual_seed(1)
+    found = torch.autograd.grad(model(x).sum(), hparams.unconstrained)[0]
+    torch.manual_seed(1)
+    with model.at_centre():
+        dropped = model.module[0](x)
+    response = F.linear(dropped, layer.response_weight).sum(0)  # d y / d gate
+    torch.testing.assert_close(found, response @ layer.gate_weight, rtol=1e-12, atol=0)
+    assert found.abs().min() > 0
+
+
+def test_a_trainer_takes_all_of_them():
+    hparams = HyperParameters().add("rate", 0.2, low=0, high=0.9).add("decay", 1e-3, low=0, transform="exp")
+    hparams.add("smoothing", 0.1, low=0, high=1).add("length", 3, low=1, high=6, discrete=True)
+    n = len(hparams)
+    net = nn.Sequential(
+        DeltaStnConv2d(1, 3, 3, num_hparams=n),
+        nn.ReLU(),
+        nn.Flatten(),
+        StnDropout("rate"),
+        DeltaStnLinear(48, 4, num_hparams=n),
+    )
+    model = StnModel(net, hparams, centred=True)
+    batches = [(torch.randn(8, 1, 6, 6), torch.randint(4, (8,))) for _ in range(3)]
+    trainer = DeltaStnTrainer(
+        model,
+        LabelSmoothing("smoothing"),
+        batches,
+        batches,
+        valid_criterion=F.cross_entropy,
+        augment=Cutout("length"),
+        regularizers=[WeightDecay("decay")],
+        warmup_epochs=1,
+        train_steps=1,
+    )
+    before, started = hparams.unconstrained.detach().clone(), hparams.values()
+    weights = [p.detach().clone() for p in net.parameters()]
+    result = trainer.fit(3)
+    assert len(result.history) == 3
+    assert all(not torch.equal(a, p) for a, p in zip(weights, net.parameters(), strict=True) if p.numel() > 1)
+    assert (before != hparams.unconstrained).all()
+    assert all(value.isfinite().all() for value in hparams.values().values())
+    assert hparams.history["step"] == sorted(hparams.history["step"])
+    assert hparams.values()["rate"] != started["rate"]

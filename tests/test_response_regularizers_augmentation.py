@@ -129,6 +129,15 @@ def test_what_are_no_images_is_refused(make, model):
         make()(images(2, device=model.hparams.unconstrained.device))
 
 
+@pytest.mark.parametrize("make", AUGMENTATIONS.values(), ids=AUGMENTATIONS)
+def test_a_nan_is_not_taken_for_strength_zero(make, model, device):
+    h = points(model, 2, length=3, holes=1)
+    h[1] = math.nan
+    with model.at(h):
+        y = make()(images(2, device=device))
+    assert y.isnan().flatten(1).all(1).tolist() == [False, True]
+
+
 def test_they_compose(model, device):
     augment = nn.Sequential(*(make() for make in AUGMENTATIONS.values()))
     with model.at(model.hparams.perturbed(4)):

@@ -412,6 +412,32 @@ def test_schedulers_step_once_an_epoch():
     assert rates == pytest.approx([LR / 8, LR / 8, LR / 1000])
 
 
+# ---- all of it together ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [0.1, 5.0])
+@pytest.mark.parametrize(("method", "tolerance"), [("linearized", 1e-3), ("centred", 1e-3), ("stn", 0.1)])
+def test_a_decay_is_tuned_to_the_optimum_of_the_closed_form(method, start, tolerance):
+    """w minimizes (w - 1)^2 + decay w^2, so w = 1 / (1 + decay), and (w - 1/2)^2 is least where the decay is 1."""
+    delta = method != "stn"
+    hparams = HyperParameters(dtype=F64).add("decay", start, low=0.0, scale=0.2, transform="exp")
+    layer = (DeltaStnLinear if delta else StnLinear)(1, 1, bias=False, num_hparams=1, dtype=F64)
+    x = torch.ones(32, 1, dtype=F64)
+
+    def decay(model, outputs):
+        return (current_sample().values["decay"] * outputs[:, 0].square()).mean()
+
+    options = {"response_optimizer": sgd, "linearize": method == "linearized"} if delta else {}
+    trainer = (DeltaStnTrainer if delta else StnTrainer)(
+        StnModel(layer, hparams, centred=delta), F.mse_loss, [(x, x)] * 25, [(x, 0.5 * x)], regularizers=[decay],
+        optimizer=sgd, hyper_optimizer=lambda p: torch.optim.RMSprop(p, lr=0.05), warmup_epochs=1, train_steps=2,
+        tune_scales=False, **options,
+    )  # fmt: skip
+    history = trainer.fit(5 if delta else 14).history
+    assert history[0].values["decay"] == pytest.approx(start)
+    assert history[-1].values["decay"] == pytest.approx(1.0, abs=tolerance)
+
+
 # ---- what is carried from batch to batch -----------------------------------------------------------------------------
 
 

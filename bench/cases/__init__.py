@@ -9,6 +9,7 @@ from . import curvature_step as curvature_step
 from . import dual_series as dual_series
 from . import hadamard_gram as hadamard_gram
 from . import hypergradient as hypergradient
+from . import lyapunov as lyapunov
 from . import neumann as neumann
 from . import rank_one_update as rank_one_update
 from . import response_layers as response_layers

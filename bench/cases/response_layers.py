@@ -8,7 +8,7 @@ a vector of zeros, is a linear function of that vector, whose derivative along t
 the general parameters for constants too.
 
 Products count: a layer's plain step takes three, its response step five (W x, W dx, V x, and back the gradients of V
-and dx), the double-backward construction nine or ten.
+and dx), the double-backward construction eleven or twelve.
 """
 
 import contextlib

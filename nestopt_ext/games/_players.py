@@ -7,7 +7,7 @@ loss depends on entry b of the players alone, and inner products are taken per s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,7 @@ class Players:
         self.labels: list[str] = []
         self.slices: list[slice] = []
         self._structures: list[_lists.Structure] = []
+        self._modules = {i: p for i, p in enumerate(players) if _has_parameters(p)}
         self._container: Callable[[list[Any]], Any] = _container(players)
         for i, player in enumerate(players):
             tensors, labels, structure = _members(caller, f"players[{i}]", player)
@@ -80,6 +81,20 @@ class Players:
         pairs = zip(self._structures, self.slices, strict=True)
         return self._container([structure.pack(list(flat[own])) for structure, own in pairs])
 
+    def call(self, function: Callable[[Any], Any], flat: Sequence[Tensor]) -> Any:
+        """``function`` of the players with other tensors in them; a module stays itself, and holds them meanwhile."""
+        parts = [structure.pack(list(flat[own])) for structure, own in zip(self._structures, self.slices, strict=True)]
+        seated: dict[str, Tensor] = {}
+        for i, module in self._modules.items():
+            parts[i] = module
+            labels = self.labels[self.slices[i]]
+            names = [f"{i}.{label.removeprefix(f'players[{i}].')}" for label in labels]
+            seated |= dict(zip(names, flat[self.slices[i]], strict=True))
+        players = self._container(parts)
+        if not seated:
+            return function(players)
+        return torch.func.functional_call(_Seats(function, self._modules), seated, (players,))
+
     def match(self, caller: str, name: str, value: Any) -> TensorList:
         """The tensors of ``value``, which must have the players' structure, shapes, dtypes and devices."""
         if not isinstance(value, list | tuple) or len(value) != len(self):
@@ -95,6 +110,19 @@ class Players:
             _lists.check_like(caller, structure.labels(label), tensors, self.tensors[own])
             flat += tensors
         return flat
+
+
+class _Seats(nn.Module):
+    """A function under one roof with the modules it reads, by which ``functional_call`` finds their parameters."""
+
+    def __init__(self, function: Callable[[Any], Any], modules: Mapping[int, nn.Module]) -> None:
+        super().__init__()
+        for i, module in modules.items():
+            self.add_module(str(i), module)
+        self.__dict__["_function"] = function  # not a submodule, should it be a module
+
+    def forward(self, players: Any) -> Any:
+        return self.__dict__["_function"](players)
 
 
 def check_losses(caller: str, losses: Sequence[Tensor], players: Players) -> int | None:
@@ -169,12 +197,17 @@ def widest(tensors: Sequence[Tensor]) -> torch.dtype:
 
 def _members(caller: str, name: str, player: Player) -> tuple[TensorList, list[str], _lists.Structure]:
     """The tensors of a player, what messages call them, and the structure that packs them again."""
-    if not isinstance(player, nn.Module) or isinstance(player, nn.ParameterList | nn.ParameterDict):
+    if not _has_parameters(player):
         tensors, structure = _lists.flatten(caller, name, player)
         return tensors, structure.labels(name), structure
     named = [(f"{name}.{key}", p) for key, p in player.named_parameters() if p.requires_grad]
     tensors, structure = _lists.flatten(caller, name, [p for _, p in named])
     return tensors, [label for label, _ in named], structure
+
+
+def _has_parameters(player: object) -> TypeGuard[nn.Module]:
+    """Whether a player is a module that stands for its parameters, which a list or dict of tensors does not."""
+    return isinstance(player, nn.Module) and not isinstance(player, nn.ParameterList | nn.ParameterDict)
 
 
 def _container(players: Any) -> Callable[[list[Any]], Any]:

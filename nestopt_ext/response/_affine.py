@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,8 +24,9 @@ class StnAffine(StnLayer):
     gate_std = 0.01
     #: Where the outputs lie that have a gate each, counted from the last dimension.
     channel_dim: int
-    #: Products with W and V as one of twice as many outputs.
-    stacked = True
+    #: Whether the products with W and V are one of twice as many outputs. None: where the input is not on a CPU, on
+    #: which copying the weights behind each other takes longer than one product instead of two saves.
+    stacked: bool | None = None
 
     weight: Tensor
     bias: Any  # a Parameter or None
@@ -70,9 +71,8 @@ class StnAffine(StnLayer):
         if h is None:
             return self.product(input, self.weight, self.bias)
         if len(h) == 1:  # one plain layer serves all examples
-            at = {response.name: response.at(h[0]) for response in self.responses()}
-            return self.product(input, at["weight"], at.get("bias"))
-        if self.stacked:
+            return self.product(input, *self._parameters_of(lambda response: response.at(h[0])))
+        if not input.is_cpu if self.stacked is None else self.stacked:
             plain = self.product(input, torch.cat([self.weight, self.response_weight]), None)
             return self._gated(plain, None, h, self.bias)
         plain = self.product(input, self.weight, None)
@@ -93,13 +93,20 @@ class StnAffine(StnLayer):
         x, dx = split(input)
         z = self.product(x, self.weight, self.bias)
         dz = None if dx is None else self.product(dx, self.weight, None)
-        if h is not None:
-            response = self.product(x, self.response_weight, None)
-            dz = self._gated(torch.zeros_like(response) if dz is None else dz, response, h, None)
+        if h is not None and len(h) == 1:
+            moved = self.product(x, *self._parameters_of(lambda response: response.along(h[0])))
+            dz = moved if dz is None else dz + moved
+        elif h is not None:
+            dz = self._gated(dz, self.product(x, self.response_weight, None), h, None)
         return z if dz is None else join(z, dz)
 
-    def _gated(self, plain: Tensor, response: Tensor | None, h: Tensor, bias: Tensor | None) -> Tensor:
+    def _parameters_of(self, part: Callable[[Response], Tensor]) -> tuple[Tensor, Tensor | None]:
+        weight, *bias = map(part, self.responses())
+        return weight, bias[0] if bias else None
+
+    def _gated(self, plain: Tensor | None, response: Tensor | None, h: Tensor, bias: Tensor | None) -> Tensor:
         """``plain`` with response and biases, all in the dtype of the products, which autocast may have chosen."""
-        gates = gates_of(h, self.gate_weight).to(plain.dtype)
-        biases = (None if b is None else b.to(plain.dtype) for b in (bias, self.response_bias))
+        like = plain if response is None else response
+        gates = gates_of(h, self.gate_weight).to(like)
+        biases = (None if b is None else b.to(like) for b in (bias, self.response_bias))
         return stn_gate(plain, response, gates, *biases, batch_dim=self.batch_dim, channel_dim=self.channel_dim)

@@ -21,7 +21,7 @@ _SEALED: tuple[tuple[type, str], ...] = (
 )
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 #: What a subclass may define and still compute what its base does.
-_HARMLESS = {"__init__", "reset_parameters", "extra_repr", "__repr__"}
+_HARMLESS = {"__init__", "reset_parameters", "extra_repr", "__repr__", "__annotate__", "__annotate_func__"}
 
 
 def plain_type(module: nn.Module) -> type[nn.Module] | None:
@@ -29,10 +29,8 @@ def plain_type(module: nn.Module) -> type[nn.Module] | None:
     for base in type(module).__mro__:
         if base in FORMS or base in DROPOUTS:
             return base
-        methods = {
-            name for name, value in vars(base).items() if inspect.isfunction(value) or inspect.isdatadescriptor(value)
-        }
-        if not methods <= _HARMLESS:
+        own = {name for name, value in vars(base).items() if inspect.isfunction(value) or not name.startswith("__")}
+        if not own <= _HARMLESS:
             return None
     return None
 
@@ -81,7 +79,9 @@ def _own_reason(module: nn.Module) -> str | None:
     if plain is None:
         base = next((b for b in type(module).__mro__ if b in FORMS or b in DROPOUTS), None)
         return (
-            f"{kind} has no response form" if base is None else f"{kind} is a {base.__name__} with methods of its own"
+            f"{kind} has no response form"
+            if base is None
+            else f"{kind} is a {base.__name__} with methods or attributes of its own"
         )
     if "forward" in vars(module):
         return "its forward was replaced"

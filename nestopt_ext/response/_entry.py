@@ -45,8 +45,10 @@ class Entry:
 
     The natural value of an unconstrained number h is
 
-    - identity: h, - softplus: low + log(1 + e^h), or high - log(1 + e^h) where only ``high`` is finite,
-    - exp: low + e^h, - sigmoid: low + (high - low) / (1 + e^-h),
+    - identity: h
+    - softplus: low + log(1 + e^h), or high - log(1 + e^h) where only ``high`` is finite
+    - exp: low + e^h
+    - sigmoid: low + (high - low) / (1 + e^-h)
 
     and its floor for a discrete one. Bounds are open, in floating point too: where the map rounds to a bound, or
     overflows, the value is the nearest number inside. So floor(2..24) is one of 2, 3, ..., 23, never 24.

@@ -61,7 +61,7 @@ def cutout(x: Tensor, rows: Tensor, columns: Tensor, length: Tensor, holes: Tens
     """Fills the first ``holes`` [B] of K squares of ``length`` [B] pixels, cut at the border.
 
     ``rows`` and ``columns`` [B, K] are their centres; a square of an even length begins length / 2 before its centre.
-    An image of more than K holes is NaN.
+    An image of more than K holes, or of a NaN, is NaN.
     """
     height, width = x.shape[2:]
     length = length.floor()
@@ -69,7 +69,7 @@ def cutout(x: Tensor, rows: Tensor, columns: Tensor, length: Tensor, holes: Tens
     mask_rows = _within(height, rows, length) & used.unsqueeze(2)  # [B, K, H]
     mask_columns = _within(width, columns, length)  # [B, K, W]
     covered = torch.bmm(mask_rows.to(x.dtype).transpose(1, 2), mask_columns.to(x.dtype)) > 0.5
-    fills = torch.where(holes > rows.shape[1], torch.nan, torch.zeros_like(length))
+    fills = torch.where(holes > rows.shape[1], torch.nan, 0 * (length + holes))  # NaN stays NaN
     return x.masked_fill(covered.unsqueeze(1), fill) + per_image(fills).to(x.dtype)
 
 
@@ -94,5 +94,7 @@ def affine(x: Tensor, angle: Tensor, translate: Tensor, scale: Tensor, shear: Te
     entries = [cos - tangent * sin, ratio * (sin + tangent * cos), -sin / ratio, cos]
     linear = torch.stack(entries, 1).reshape(-1, 2, 2)
     offset = -2 * (linear * translate.unsqueeze(1)).sum(2, keepdim=True)
-    grid = F.affine_grid(torch.cat([linear, offset], 2).to(x.dtype), list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, mode=mode, padding_mode="zeros", align_corners=False)
+    theta = torch.cat([linear, offset], 2).to(x.dtype)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    moved = F.grid_sample(x, grid, mode=mode, padding_mode="zeros", align_corners=False)
+    return moved + per_image(0 * theta.sum((1, 2)))  # a NaN in the grid would be taken for a place outside

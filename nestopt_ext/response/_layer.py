@@ -10,7 +10,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._sample import current_sample
+from ._sample import current_sample, current_value
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,16 @@ class Response:
 
     def at(self, gate_input: Tensor) -> Tensor:
         """The parameter of the plain layer at one gate input, [n]."""
+        return torch.addcmul(self.centre, self._gates(gate_input), self.direction)
+
+    def along(self, gate_input: Tensor) -> Tensor:
+        """How that parameter moves from the centre: what `at` adds to it."""
+        return self._gates(gate_input) * self.direction
+
+    def _gates(self, gate_input: Tensor) -> Tensor:
         shape = [1] * self.centre.dim()
         shape[self.dim] = -1
-        gates = gates_of(gate_input, self.gate_weight).reshape(shape)
-        return torch.addcmul(self.centre, gates, self.direction)
+        return gates_of(gate_input, self.gate_weight).reshape(shape)
 
 
 class StnLayer(nn.Module):
@@ -79,6 +85,17 @@ def gate_input_of(layer: StnLayer, given: Tensor | None, examples: int | None) -
             f" dimension {layer.batch_dim} of the input, the layer's batch_dim."
         )
     return (h if h.dim() == 2 else h.unsqueeze(0)), linearized
+
+
+def rate_of(layer: StnLayer, name: str, examples: int | None) -> Tensor:
+    """The rate at which ``layer`` drops something, [M] with M 1 or the number of ``examples``, from the sample."""
+    rate = current_value(name, type(layer).__name__).detach()
+    if rate.shape not in ((1,), (examples,)):
+        raise ValueError(
+            f"{type(layer).__name__}: hyperparameter {name!r} must be one number for all examples or for each of"
+            f" {examples}; got shape {tuple(rate.shape)}. Add it to the hyperparameters with shape=()."
+        )
+    return rate
 
 
 def gates_of(gate_input: Tensor, gate_weight: Tensor) -> Tensor:

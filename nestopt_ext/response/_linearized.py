@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,17 +12,33 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ._layer import split
 
 #: What torch says where a tangent could not be carried on, and the operation it names.
-_NO_DERIVATIVE = re.compile(r"forward AD with (\S+)|(custom autograd\.Function)|forward (?:mode )?AD")
+_NO_DERIVATIVE = re.compile(r"forward AD with (\S+)|(custom (?:autograd\.)?Function)|forward (?:mode )?AD")
 _PLAIN_DATA = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
-def linearized_call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What ``module`` returns, primal plus tangent in place of each tensor."""
+def linearized_call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, watched: bool) -> Any:
+    """What ``module`` returns, primal plus tangent in place of each tensor.
+
+    ``watched`` looks at each operation for tangents that are lost in silence, which takes time. What torch.compile made
+    runs as it was written: compiled code loses tangents too.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled then, and its import takes a second
+        return _linearized_call(module, args, kwargs, watched)
+    return torch.compiler.disable(_as_written)(module, args, kwargs, watched)  # type: ignore[no-untyped-call]
+
+
+def _as_written(*args: Any) -> Any:
+    with torch.compiler.set_stance("force_eager"):
+        return _linearized_call(*args)
+
+
+def _linearized_call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], watched: bool) -> Any:
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "StnModel: a linearized answer must be asked for outside of torch.inference_mode(), which drops tangents."
@@ -32,7 +49,8 @@ def linearized_call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str,
             "StnModel: a linearized answer must not be asked for inside of forward-mode differentiation"
             " (torch.func.jvp, forward_ad.dual_level), which PyTorch does not nest. Use linearized=False there."
         )
-    with forward_ad.dual_level(), without_fast_paths(), sdpa_kernel(SDPBackend.MATH), _named_faults():
+    watch = _TangentWatch() if watched else contextlib.nullcontext()
+    with forward_ad.dual_level(), without_fast_paths(), sdpa_kernel(SDPBackend.MATH), _named_faults(), watch:
         return pytree.tree_map(_summed, module(*args, **kwargs))
 
 
@@ -59,10 +77,36 @@ def _named_faults() -> Iterator[None]:
         if found is None or str(error).startswith(("StnModel", "StnLayer")):
             raise
         operation = found[1] or "an autograd.Function without a jvp" if found[1] or found[2] else "an operation"
-        raise RuntimeError(
-            f"StnModel: a linearized answer must be made of operations with a forward-mode derivative; got {operation}."
-            " Train with linearize=False (linearized=False in StnModel.at), or replace it."
-        ) from error
+        raise _refusal(operation) from error
+
+
+def _refusal(operation: str) -> RuntimeError:
+    return RuntimeError(
+        f"StnModel: a linearized answer must be made of operations with a forward-mode derivative; got {operation}."
+        " Train with linearize=False (linearized=False in StnModel.at), or replace it."
+    )
+
+
+class _TangentWatch(TorchFunctionMode):
+    """Refuses operators of other libraries that return no tangent.
+
+    One whose derivative is attached by torch.library.register_autograd has a tangent of zero where nothing requires
+    grad, without a word.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        foreign = isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
+        if foreign and _has_tangent((args, kwargs)) and _has_tangent(out) is False:
+            raise _refusal(str(func))
+        return out
+
+
+def _has_tangent(tree: Any) -> bool | None:
+    """Whether a tensor in ``tree`` has a tangent; None where none is of a kind that could."""
+    tensors = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return any(split(tensor)[1] is not None for tensor in tensors) if tensors else None
 
 
 def _summed(leaf: Any) -> Any:

@@ -6,10 +6,58 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-#: What is added to the part of the pre-activations that all time steps had at once, from the last hidden state.
+from .._functions import stn_gate
+from ._layer import Response, gates_of, join, split
+
+#: Hidden and cell state.
+State = tuple[Tensor, Tensor]
+#: Pre-activations of a step, [B, 4H], from what all steps had at once and the last hidden state.
 FromHidden = Callable[[Tensor, Tensor], Tensor]
+
+
+def answer(x: Tensor, start: State, ih: list[Response], hh: list[Response], h: Tensor | None) -> tuple[Tensor, State]:
+    """Output [T, B, H] and last states of one cell at gate input h."""
+    if h is not None and len(h) != 1:
+        return _gated(x, start, ih, hh, h)
+    (w_ih, *b_ih), (w_hh, *b_hh) = ([r.centre if h is None else r.at(h[0]) for r in part] for part in (ih, hh))
+    inputs = F.linear(x, w_ih, _sum(b_ih + b_hh))
+    return _ended(run(inputs, *_like(inputs, start), _addmm(w_hh)))
+
+
+def linearized(
+    x: Tensor, start: State, ih: list[Response], hh: list[Response], h: Tensor | None
+) -> tuple[Tensor, State]:
+    """Output and last states with their tangents."""
+    x, dx = split(x)
+    inputs = F.linear(x, ih[0].centre, _sum([b.centre for b in ih[1:] + hh[1:]]))
+    (h_0, dh), (c_0, dc) = (split(state) for state in _like(inputs, start))
+    at = trajectory(inputs, h_0, c_0, _addmm(hh[0].centre))
+    if h is None and dx is None and dh is None and dc is None:
+        return at.h, (at.h[-1], at.c[-1])
+    moved = None if dx is None else F.linear(dx, ih[0].centre)
+    if h is not None:
+        bias = _sum([gates_of(h, b.gate_weight) * b.direction for b in ih[1:] + hh[1:]])
+        moved = _add(moved, F.linear(x, ih[0].direction), gates_of(h, ih[0].gate_weight), bias)
+        moved = _add(moved, F.linear(at.before[0], hh[0].direction), gates_of(h, hh[0].gate_weight), None)
+    moved = torch.zeros_like(inputs) if moved is None else moved
+    dhs, dc = tangents(at, moved, dh, dc, hh[0].centre)
+    return join(at.h, torch.stack(dhs)), (join(at.h[-1], dhs[-1]), join(at.c[-1], dc))
+
+
+def _gated(x: Tensor, start: State, ih: list[Response], hh: list[Response], h: Tensor) -> tuple[Tensor, State]:
+    """The answer with gates for each example."""
+    bias = _sum([gates_of(h, b.gate_weight) * b.direction + b.centre for b in ih[1:] + hh[1:]])
+    inputs = _add(F.linear(x, ih[0].centre), F.linear(x, ih[0].direction), gates_of(h, ih[0].gate_weight), bias)
+    gates = gates_of(h, hh[0].gate_weight).to(inputs.dtype)
+    plain, response = _addmm(hh[0].centre), hh[0].direction
+
+    def from_hidden(z: Tensor, last: Tensor) -> Tensor:
+        return torch.addcmul(plain(z, last), gates, F.linear(last, response))
+
+    return _ended(run(inputs, *_like(inputs, start), from_hidden))
 
 
 class Trajectory(NamedTuple):
@@ -45,7 +93,7 @@ def run(inputs: Tensor, h: Tensor, c: Tensor, from_hidden: FromHidden) -> tuple[
 
 
 def trajectory(inputs: Tensor, h: Tensor, c: Tensor, from_hidden: FromHidden) -> Trajectory:
-    """The same, with the steps stacked."""
+    """The time steps of `run`, stacked."""
     steps = run(inputs, h, c, from_hidden)
     *_, cells, _, hidden = steps
     before = torch.stack([h, *hidden[:-1]]), torch.stack([c, *cells[:-1]])
@@ -84,3 +132,30 @@ def tangents(
         found.append(dh)
     assert dc is not None
     return found, dc
+
+
+def _add(plain: Tensor | None, response: Tensor, gates: Tensor, bias: Tensor | None) -> Tensor:
+    """Sums plain + gates * response + bias, [T, B, 4H], with a row of gates and of the bias for each example."""
+    if bias is None:
+        return stn_gate(plain, response, gates.to(response), batch_dim=1)
+    both = torch.cat([gates, bias], 1).to(response)  # the bias as a gate of ones
+    return stn_gate(plain, response, both, None, response.new_ones(response.shape[-1]), batch_dim=1)
+
+
+def _addmm(weight: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    transposed = weight.t()
+    return lambda z, last: torch.addmm(z, last, transposed)
+
+
+def _sum(biases: list[Tensor]) -> Tensor | None:
+    return biases[0] + biases[1] if biases else None
+
+
+def _like(inputs: Tensor, states: State) -> State:
+    """The states in the dtype of the products, which autocast may have chosen."""
+    return states[0].to(inputs.dtype), states[1].to(inputs.dtype)
+
+
+def _ended(steps: tuple[list[Tensor], ...]) -> tuple[Tensor, State]:
+    *_, cells, _, hidden = steps
+    return torch.stack(hidden), (hidden[-1], cells[-1])

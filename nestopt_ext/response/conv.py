@@ -38,7 +38,8 @@ class _StnConv(StnAffine, nn.modules.conv._ConvNd):
             )
         plain = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         super().__init__(*plain, device=device, dtype=dtype)  # type: ignore[arg-type,call-arg]  # of the torch layer
-        self.stacked = groups == 1  # outputs of a group lie together, and those of V behind those of W would not
+        if groups > 1:
+            self.stacked = False  # outputs of a group lie together, and those of V behind those of W would not
         self.add_response(num_hparams, batch_dim)
 
     def product(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from ._layer import StnLayer
 from ._report import ConversionReport
 from ._substitution import CARRIED, attributes_put_on, substituted
 from .hyper_parameters import HyperParameters
-from .model import StnModel
+from .model import StnModel, check_layers
 
 #: The range of the rate of a dropout, and where it starts if the module's is zero: Delta-STN's and STN's settings.
 _HIGHEST_RATE, _FIRST_RATE = 0.95, 0.05
@@ -45,6 +45,7 @@ def to_stn(
     - of layers with a common parameter all but one, the embedding where there is one: they use its w, as the decoder of
       the paper's language model, which is tied to the plain part of the embedding.
 
+    An LSTM keeps its own dropout between layers, and takes no packed sequences when it responds.
     Where a model's own code reads ``layer.weight`` or calls ``torch.nn.functional.dropout``, nothing of that is
     visible here: it reads w, and drops at its own rate. Name such layers in ``exclude``.
 
@@ -155,6 +156,7 @@ class _Conversion:
             replacements[self.modules[name]] = self._tuned_dropout(name, hparam, batch_dim)
             report.dropouts[name] = hparam
         module = substituted(self.source, replacements)
+        check_layers(module, num_hparams)
         _freeze(module)
         for hparam, rate in new_entries.items():
             self.hparams.add(hparam, rate, low=0.0, high=_HIGHEST_RATE)

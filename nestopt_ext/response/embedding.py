@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._functions import stn_gate
-from ._layer import Response, StnLayer, gate_input_of, gates_of, join
-from ._sample import current_value
+from ._layer import Response, StnLayer, gate_input_of, gates_of, join, rate_of
 
 
 class StnEmbedding(StnLayer, nn.Embedding):
@@ -26,10 +25,11 @@ class StnEmbedding(StnLayer, nn.Embedding):
 
     ``word_dropout`` names a hyperparameter of the current sample, a rate: in training mode a call drops words, the same
     row of both tables at all places, and divides what stays by 1 - rate. Each example has a rate of its own: a call
-    draws one uniform number for each word, and the examples whose rate it exceeds keep the word.
+    draws one uniform number for each word, and the examples that keep more than it keep the word. A rate of 1 gives
+    zeros, one outside [0, 1] NaN.
 
-    Raises what `StnLinear` raises; with ``word_dropout`` in training mode RuntimeError outside of a sample and KeyError
-    where it has no such hyperparameter.
+    Raises what `StnLinear` raises; with ``word_dropout`` in training mode RuntimeError outside of a sample, KeyError
+    where it has no such hyperparameter and ValueError where that is more than one number.
 
     Reference: MacKay et al., Self-Tuning Networks, ICLR 2019, appendix; words are dropped as in Gal & Ghahramani, A
     theoretically grounded application of dropout in recurrent neural networks, NeurIPS 2016.
@@ -89,21 +89,19 @@ class StnEmbedding(StnLayer, nn.Embedding):
         examples = input.shape[self.batch_dim] if input.dim() > self.batch_dim else None
         h, linearized = gate_input_of(self, gate_input, examples)
         embedded = super().forward(input)
-        kept = self._kept(input) if self.word_dropout is not None and self.training else None
-        if kept is not None:
-            embedded = embedded * kept.to(embedded.dtype)
+        mask = self._mask(input, examples)
+        if mask is not None:
+            embedded = embedded * mask
         if h is None:
             return embedded
         response = F.embedding(
             input, self.response_weight, self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse
         )
-        if kept is not None:
-            response = response * kept.to(response.dtype)
-        gates = gates_of(h, self.gate_weight).to(response.dtype)
+        if mask is not None:
+            response = response * mask
         if linearized:
-            tangent = stn_gate(torch.zeros_like(response), response, gates, batch_dim=self.batch_dim)
-            return join(embedded, tangent)
-        return stn_gate(embedded, response, gates, batch_dim=self.batch_dim)
+            return join(embedded, self._gated(None, response, h))
+        return self._gated(embedded, response, h)
 
     def responses(self) -> Iterator[Response]:
         """The table; a gate for each of its columns."""
@@ -113,15 +111,24 @@ class StnEmbedding(StnLayer, nn.Embedding):
         """The torch layer's, and the number of hyperparameters."""
         return f"{super().extra_repr()}, num_hparams={self.num_hparams}"
 
-    def _kept(self, input: Tensor) -> Tensor:
-        """0 where the word of an index is dropped, 1 / (1 - rate) where it is kept, [*input.shape, 1]."""
-        assert self.word_dropout is not None
-        rate = current_value(self.word_dropout, type(self).__name__).detach()
-        shape = [1] * input.dim()
-        shape[self.batch_dim] = len(rate)
-        rate = rate.reshape(shape)
-        draws = torch.rand(self.num_embeddings, device=input.device, dtype=rate.dtype)
-        return ((draws[input] >= rate) / (1 - rate)).unsqueeze(-1)
+    def _gated(self, plain: Tensor | None, response: Tensor, h: Tensor) -> Tensor:
+        gates = gates_of(h, self.gate_weight).to(response)
+        if len(gates) != 1:
+            return stn_gate(plain, response, gates, batch_dim=self.batch_dim)
+        return gates[0] * response if plain is None else torch.addcmul(plain, gates[0], response)
+
+    def _mask(self, input: Tensor, examples: int | None) -> Tensor | None:
+        """0 where the word of an index is dropped, 1 / (1 - rate) where it stays, [*input.shape, 1]."""
+        if self.word_dropout is None or not self.training:
+            return None
+        rate = rate_of(self, self.word_dropout, examples)
+        noise = torch.rand(self.num_embeddings, device=input.device)
+        over_examples = [1] * input.dim()
+        if examples is not None:
+            over_examples[self.batch_dim] = -1
+        keep = (1 - rate.to(noise)).masked_fill((rate < 0) | (rate > 1), torch.nan).reshape(over_examples)
+        mask = torch.where(noise[input] >= keep, 0.0, 1 / keep)  # of a NaN no comparison holds: it comes out
+        return mask.unsqueeze(-1).to(self.weight.dtype)
 
 
 class DeltaStnEmbedding(StnEmbedding):

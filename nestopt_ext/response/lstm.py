@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,12 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .._functions import stn_gate
 from . import _recurrence
-from ._layer import Response, StnLayer, gate_input_of, gates_of, join, split
-from ._sample import current_value
-
-State = tuple[Tensor, Tensor]
+from ._layer import Response, StnLayer, gate_input_of, rate_of
+from ._recurrence import State
+from .dropconnect import dropped_weight
 
 
 class StnLSTM(StnLayer, nn.LSTM):
@@ -39,11 +38,13 @@ class StnLSTM(StnLayer, nn.LSTM):
 
     The cell is made of torch's operations and so can be differentiated any number of times, forward and backward. With
     ``fused``, torch's own kernel (cuDNN, oneDNN) takes the calls in which all examples share their weights, such as the
-    general step of Delta-STN; most of those kernels can be differentiated only once, and backward.
+    general step of Delta-STN (in eval mode those without gradients); most of those kernels can be differentiated only
+    once, and backward.
 
     Raises what `StnLinear` raises; ValueError for a ``batch_dim`` other than ``batch_first`` says, for ``proj_size``,
     and for an input or a state of a wrong shape; TypeError for packed sequences; with ``weight_dropout`` in training
-    mode RuntimeError outside of a sample and KeyError where it has no such hyperparameter.
+    mode RuntimeError outside of a sample, KeyError where it has no such hyperparameter and ValueError where that is
+    more than one number.
 
     Reference: MacKay et al., Self-Tuning Networks, ICLR 2019, appendix (there one bias for both maps and another order
     of gates); weights are dropped as in Merity et al., Regularizing and optimizing LSTM language models, ICLR 2018.
@@ -126,7 +127,8 @@ class StnLSTM(StnLayer, nn.LSTM):
             zeros = input.new_zeros(len(self._cells()), input.shape[self.batch_dim], self.hidden_size)
             hx = zeros, zeros
         self._check(input, hx)
-        if self.fused and not linearized and (h is None or len(h) == 1):
+        differentiable = self.training or not torch.is_grad_enabled()  # cuDNN's has no derivative in eval mode
+        if self.fused and differentiable and not linearized and (h is None or len(h) == 1):
             output, *state = self._by_kernel(input, hx, h)
         else:
             output, *state = self._by_cells(input, hx, h, linearized)
@@ -150,7 +152,7 @@ class StnLSTM(StnLayer, nn.LSTM):
         ways = ("", "_reverse") if self.bidirectional else ("",)
         return [f"l{layer}{way}" for layer in range(self.num_layers) for way in ways]
 
-    def _map(self, part: str, cell: str, mask: Tensor | None = None) -> list[Response]:
+    def _map(self, part: str, cell: str, rate: Tensor | None = None) -> list[Response]:
         """The affine map of a cell from its input, "ih", or hidden state, "hh": weight, and bias if there is one."""
         kinds = ("weight", "bias") if self.bias else ("weight",)
         names = [f"{kind}_{part}_{cell}" for kind in kinds]
@@ -159,18 +161,18 @@ class StnLSTM(StnLayer, nn.LSTM):
             Response(name, getattr(self, name), getattr(self, f"response_{name}"), gate_weight)
             for name, gate_weight in zip(names, gate_weights, strict=True)
         ]
-        if mask is not None:
-            weight = found[0]
-            found[0] = dataclasses.replace(weight, centre=weight.centre * mask, direction=weight.direction * mask)
-        return found
+        if rate is None:
+            return found
+        weight, *bias = found
+        centre, direction = dropped_weight(weight.centre, weight.direction, p=rate)
+        return [dataclasses.replace(weight, centre=centre, direction=direction), *bias]
 
-    def _mask(self, cell: str) -> Tensor | None:
-        """What W_hh and V_hh of a cell are multiplied with in this call."""
-        if self.weight_dropout is None or not self.training:
-            return None
-        rate = current_value(self.weight_dropout, type(self).__name__)[0].detach()
-        weight = getattr(self, f"weight_hh_{cell}")
-        return (torch.rand_like(weight) >= rate).to(weight.dtype) / (1 - rate).to(weight.dtype)
+    def _maps(self, cell: str, examples: int) -> tuple[list[Response], list[Response]]:
+        """Both affine maps of a cell in one call, with weights dropped where that is asked for."""
+        rate = None
+        if self.weight_dropout is not None and self.training:
+            rate = rate_of(self, self.weight_dropout, examples)
+        return self._map("ih", cell), self._map("hh", cell, rate)
 
     def _check(self, input: Tensor, hx: State) -> None:
         name = type(self).__name__
@@ -192,7 +194,7 @@ class StnLSTM(StnLayer, nn.LSTM):
         """One call of torch's kernel with the weights that serve all examples."""
         weights = {}
         for cell in self._cells():
-            for response in (*self._map("ih", cell), *self._map("hh", cell, self._mask(cell))):
+            for response in itertools.chain(*self._maps(cell, input.shape[self.batch_dim])):
                 weights[response.name] = response.centre if h is None else response.at(h[0])
         flat = [weights[name] for name in self._flat_weights_names]
         options = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional, self.batch_first)
@@ -202,14 +204,15 @@ class StnLSTM(StnLayer, nn.LSTM):
         """Layer by layer, cell by cell."""
         x = input.transpose(0, 1) if self.batch_first else input
         ways = 2 if self.bidirectional else 1
+        answer = _recurrence.linearized if linearized else _recurrence.answer
         ends: list[State] = []
         for layer in range(self.num_layers):
             outputs = []
             for way, cell in enumerate(self._cells()[layer * ways : (layer + 1) * ways]):
                 start = hx[0][len(ends)], hx[1][len(ends)]
-                maps = self._map("ih", cell), self._map("hh", cell, self._mask(cell))
+                maps = self._maps(cell, x.shape[1])
                 steps = x.flip(0) if way else x
-                y, end = _linearized(steps, start, *maps, h) if linearized else _answer(steps, start, *maps, h)
+                y, end = answer(steps, start, *maps, h)
                 outputs.append(y.flip(0) if way else y)
                 ends.append(end)
             x = torch.cat(outputs, -1) if self.bidirectional else outputs[0]
@@ -217,74 +220,6 @@ class StnLSTM(StnLayer, nn.LSTM):
                 x = F.dropout(x, self.dropout, self.training)
         h_n, c_n = (torch.stack(states) for states in zip(*ends, strict=True))
         return (x.transpose(0, 1) if self.batch_first else x), h_n, c_n
-
-
-def _answer(x: Tensor, start: State, ih: list[Response], hh: list[Response], h: Tensor | None) -> tuple[Tensor, State]:
-    """Output [T, B, H] and last states of one cell at gate input h."""
-    if h is not None and len(h) != 1:
-        return _gated(x, start, ih, hh, h)
-    (w_ih, *b_ih), (w_hh, *b_hh) = ([r.centre if h is None else r.at(h[0]) for r in part] for part in (ih, hh))
-    inputs = F.linear(x, w_ih, _sum(b_ih + b_hh))
-    return _ended(_recurrence.run(inputs, *_like(inputs, start), _addmm(w_hh)))
-
-
-def _gated(x: Tensor, start: State, ih: list[Response], hh: list[Response], h: Tensor) -> tuple[Tensor, State]:
-    """The same with gates for each example."""
-    bias = _sum([gates_of(h, b.gate_weight) * b.direction + b.centre for b in ih[1:] + hh[1:]])
-    inputs = _add(F.linear(x, ih[0].centre), F.linear(x, ih[0].direction), gates_of(h, ih[0].gate_weight), bias)
-    gates = gates_of(h, hh[0].gate_weight).to(inputs.dtype)
-    plain, response = _addmm(hh[0].centre), hh[0].direction
-
-    def from_hidden(z: Tensor, last: Tensor) -> Tensor:
-        return torch.addcmul(plain(z, last), gates, F.linear(last, response))
-
-    return _ended(_recurrence.run(inputs, *_like(inputs, start), from_hidden))
-
-
-def _linearized(
-    x: Tensor, start: State, ih: list[Response], hh: list[Response], h: Tensor | None
-) -> tuple[Tensor, State]:
-    """Output and last states with their tangents."""
-    x, dx = split(x)
-    (h_0, dh), (c_0, dc) = (split(state) for state in start)
-    inputs = F.linear(x, ih[0].centre, _sum([b.centre for b in ih[1:] + hh[1:]]))
-    at = _recurrence.trajectory(inputs, *_like(inputs, (h_0, c_0)), _addmm(hh[0].centre))
-    if h is None and dx is None and dh is None and dc is None:
-        return at.h, (at.h[-1], at.c[-1])
-    moved = torch.zeros_like(inputs) if dx is None else F.linear(dx, ih[0].centre)
-    if h is not None:
-        bias = _sum([gates_of(h, b.gate_weight) * b.direction for b in ih[1:] + hh[1:]])
-        moved = _add(moved, F.linear(x, ih[0].direction), gates_of(h, ih[0].gate_weight), bias)
-        moved = _add(moved, F.linear(at.before[0], hh[0].direction), gates_of(h, hh[0].gate_weight), None)
-    dhs, dc = _recurrence.tangents(at, moved, dh, dc, hh[0].centre)
-    return join(at.h, torch.stack(dhs)), (join(at.h[-1], dhs[-1]), join(at.c[-1], dc))
-
-
-def _add(plain: Tensor, response: Tensor, gates: Tensor, bias: Tensor | None) -> Tensor:
-    """Sums plain + gates * response + bias, [T, B, 4H], with a row of gates and of the bias for each example."""
-    if bias is None:
-        return stn_gate(plain, response, gates.to(plain.dtype), batch_dim=1)
-    both = torch.cat([gates, bias], 1).to(plain.dtype)  # the bias as a gate of ones
-    return stn_gate(plain, response, both, None, plain.new_ones(response.shape[-1]), batch_dim=1)
-
-
-def _addmm(weight: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    transposed = weight.t()
-    return lambda z, last: torch.addmm(z, last, transposed)
-
-
-def _sum(biases: list[Tensor]) -> Tensor | None:
-    return biases[0] + biases[1] if biases else None
-
-
-def _like(inputs: Tensor, states: State) -> State:
-    """The states in the dtype of the products, which autocast may have chosen."""
-    return states[0].to(inputs.dtype), states[1].to(inputs.dtype)
-
-
-def _ended(steps: tuple[list[Tensor], ...]) -> tuple[Tensor, State]:
-    *_, cells, _, hidden = steps
-    return torch.stack(hidden), (hidden[-1], cells[-1])
 
 
 class DeltaStnLSTM(StnLSTM):

@@ -67,6 +67,7 @@ class StnModel(nn.Module):
         self.centred = centred
         #: What conversion did, of a model that `to_stn` or `to_delta_stn` made.
         self.report: ConversionReport | None = None
+        self._linearized_in: set[bool] = set()  # training modes in which a linearized answer was watched
         hparams.frozen = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +83,10 @@ class StnModel(nn.Module):
             with self._at_current():
                 return self(*args, **kwargs)
         if sample.linearized:
-            return linearized_call(self.module, args, kwargs)
+            first = self.module.training not in self._linearized_in
+            answer = linearized_call(self.module, args, kwargs, watched=first)
+            self._linearized_in.add(self.module.training)
+            return answer
         with without_fast_paths():
             return self.module(*args, **kwargs)
 
@@ -196,16 +200,20 @@ def _check(module: nn.Module, hparams: HyperParameters) -> None:
         raise TypeError(f"StnModel: module must be a torch.nn.Module; got {type(module).__name__}.")
     if not isinstance(hparams, HyperParameters):
         raise TypeError(f"StnModel: hparams must be a HyperParameters; got {type(hparams).__name__}.")
-    n = len(hparams)
-    if not n:
+    if not len(hparams):
         raise ValueError(
             "StnModel: hparams must have at least one entry; got none. Add one by hparams.add(name, value)."
         )
+    check_layers(module, len(hparams))
+
+
+def check_layers(module: nn.Module, num_hparams: int) -> None:
+    """Raises ValueError where something in ``module`` is not made for this number of hyperparameters."""
     for name, part in module.named_modules():
         if isinstance(part, HyperParameters):
             raise ValueError(f"StnModel: module must hold no hyperparameters of its own; got some in {name!r}.")
-        if isinstance(part, StnLayer) and part.num_hparams != n:
+        if isinstance(part, StnLayer) and part.num_hparams != num_hparams:
             raise ValueError(
-                f"StnModel: {name or 'module'} must be made for {n} hyperparameters, as many as hparams has;"
+                f"StnModel: {name or 'module'} must be made for {num_hparams} hyperparameters, as many as hparams has;"
                 f" got num_hparams={part.num_hparams}."
             )

@@ -52,9 +52,10 @@ class StnTrainer(ResponseTrainer):
         batch_dim: the dimension of tensors in a batch that counts examples; None for that of the response layers.
         generator: what perturbations are drawn from; None for one of its own, which ``torch.manual_seed`` decides.
 
-    The numbers of torch's global generators, for dropout, go on as in any training. After each step no tensor has a
-    ``.grad``. Attributes: ``optimizers`` by name, ``schedulers``, ``history``, ``best``, ``best_state``, ``epoch``,
-    ``step_count``. A loss that is not finite raises TrainerDiverged before the step that would use it.
+    Training steps put the whole model into training mode; validation steps and evaluations leave every module in the
+    mode it was in. The numbers of torch's global generators, for dropout, go on as in any training. After each step no
+    tensor has a ``.grad``. Attributes: ``optimizers`` by name, ``schedulers``, ``history``, ``best``, ``best_state``,
+    ``epoch``, ``step_count``. A loss that is not finite raises TrainerDiverged before the step that would use it.
 
     Raises TypeError or ValueError for bad arguments.
 

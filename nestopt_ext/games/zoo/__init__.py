@@ -19,17 +19,25 @@ from .dirac_gan import DiracGan, dirac_gan
 from .ipd import IteratedPrisonersDilemma, ipd
 from .matching_pennies import MatchingPennies, matching_pennies
 from .quadratic import Bilinear, Mixed, bilinear, mixed
+from .random_subspace_ipd import RandomSubspaceIpd, random_subspace_ipd
+from .small_ipd import Mix, SmallIpd, mix, small_ipd
 
 __all__ = [
     "Bilinear",
     "DiracGan",
     "IteratedPrisonersDilemma",
     "MatchingPennies",
+    "Mix",
     "Mixed",
+    "RandomSubspaceIpd",
+    "SmallIpd",
     "ZooGame",
     "bilinear",
     "dirac_gan",
     "ipd",
     "matching_pennies",
+    "mix",
     "mixed",
+    "random_subspace_ipd",
+    "small_ipd",
 ]

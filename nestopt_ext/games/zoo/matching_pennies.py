@@ -27,9 +27,7 @@ class MatchingPennies(ZooGame):
 
     def losses(self, players: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """(2 p_1 - 1)(2 p_2 - 1) for the first player and its negative for the second."""
-        a, b = players
-        value = torch.tanh(a / 2) * torch.tanh(b / 2)
-        return value, -value
+        return pennies_losses(*players)
 
     def jacobian(self) -> Tensor:
         """The matrix at the players, [2, 2] or [B, 2, 2]; [[0, 1/4], [-1/4, 0]] at the solution."""
@@ -60,3 +58,9 @@ def matching_pennies(
             [-0.2500,  0.0000]], dtype=torch.float64)
     """
     return MatchingPennies(start=start, batch=batch, generator=generator, dtype=dtype, device=device)
+
+
+def pennies_losses(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """The losses of :func:`matching_pennies` from the logits, elementwise."""
+    value = torch.tanh(first / 2) * torch.tanh(second / 2)
+    return value, -value
