@@ -311,9 +311,8 @@ class _StnGate(torch.autograd.Function):
             return (None,) * 7
         plain, response, *coefficients = ctx.needs_input_grad[:5]
         scaled = plain if ctx.is_stacked else response
-        watched = _is_watched(grad)
-        of_data, sums = (_composed if watched else _fused)(ctx, grad, scaled, any(coefficients))
-        of_coefficients = (None,) * 3 if sums is None else _of_coefficients(ctx, sums, watched)
+        gradients = _composed if _is_watched(grad) else _fused
+        of_data, *of_coefficients = gradients(ctx, grad, scaled, any(coefficients))
         if ctx.is_stacked:
             return of_data, None, *of_coefficients, None, None
         return grad if plain else None, of_data, *of_coefficients, None, None
@@ -357,57 +356,63 @@ class _StnGate(torch.autograd.Function):
         return _stn_gate(*data, *tensors[2:], batch_dim + 1, channel_dim + 1), 0
 
 
-def _composed(ctx: Any, grad: Tensor, scaled: bool, summed: bool) -> tuple[Tensor | None, Tensor | None]:
-    """The gradient of the response, or of both halves stacked, and the sums; differentiable."""
-    data, gates, _ = ctx.saved_tensors
+#: Gradients of the response, or of both halves stacked, of gates, bias and response bias.
+_Gradients = tuple[Tensor | None, ...]
+
+
+def _composed(ctx: Any, grad: Tensor, scaled: bool, summed: bool) -> _Gradients:
+    """By operations that can be differentiated."""
+    data, gates, response_bias = ctx.saved_tensors
     channels = grad.shape[ctx.dims[1]]
-    response = data.chunk(2, ctx.dims[1])[1] if ctx.is_stacked else data
-    sums = _stn_gate_sums(grad, response, *ctx.dims) if summed else None
-    if not scaled:
-        return None, sums
-    of_response = _stn_gate(None, grad, gates.narrow(1, 0, channels), None, None, *ctx.dims)
-    return torch.cat([grad, of_response], ctx.dims[1]) if ctx.is_stacked else of_response, sums
+    of_data = of_gates = of_bias = of_response_bias = None
+    if scaled:
+        of_data = _stn_gate(None, grad, gates.narrow(1, 0, channels), None, None, *ctx.dims)
+        if ctx.is_stacked:
+            of_data = torch.cat([grad, of_data], ctx.dims[1])
+    if summed:
+        response = data.chunk(2, ctx.dims[1])[1] if ctx.is_stacked else data
+        of_gates, of_shift = _stn_gate_sums(grad, response, *ctx.dims).chunk(2, 1)
+        of_bias = of_shift.sum(0)
+        if response_bias is not None:
+            of_response_bias = (gates.narrow(1, channels, channels) * of_shift).sum(0)
+            of_gates = torch.cat([of_gates, of_shift * response_bias], 1)
+        elif gates.shape[1] != channels:
+            of_gates = torch.cat([of_gates, torch.zeros_like(of_shift)], 1)
+    return of_data, *_as_asked(ctx, of_gates, of_bias, of_response_bias)
 
 
-def _fused(ctx: Any, grad: Tensor, scaled: bool, summed: bool) -> tuple[Tensor | None, Tensor | None]:
-    """The same in one pass."""
-    data, gates, _ = ctx.saved_tensors
+def _fused(ctx: Any, grad: Tensor, scaled: bool, summed: bool) -> _Gradients:
+    """In one pass over the data."""
+    data, gates, response_bias = ctx.saved_tensors
     batch_dim, channel_dim = ctx.dims
     examples, channels = grad.shape[batch_dim], grad.shape[channel_dim]
-    if scaled and not summed and not ctx.is_stacked:
-        return _stn_gate(None, grad, gates.narrow(1, 0, channels), None, None, *ctx.dims), None
+    if not summed and not ctx.is_stacked:
+        of_data = _stn_gate(None, grad, gates.narrow(1, 0, channels), None, None, *ctx.dims) if scaled else None
+        return of_data, None, None, None
     response = data.chunk(2, channel_dim)[1] if ctx.is_stacked else data
     of_data = torch.empty_like(data) if scaled else None
     sums = torch.empty(examples, 2 * channels, dtype=_reference.opmath(grad.dtype), device=grad.device)
-    _ops.stn_gate_backward_(
-        sums, of_data, grad, response, gates.expand(examples, -1), batch_dim=batch_dim, channel_dim=channel_dim
-    )
-    return of_data, sums if summed else None
+    shared = sums.new_empty(2, channels)
+    all_gates = gates if len(gates) == examples else gates.expand(examples, -1)
+    tensors = (sums, of_data, shared, grad, response, all_gates, response_bias)
+    _ops.stn_gate_backward_(*tensors, batch_dim=batch_dim, channel_dim=channel_dim)
+    if gates.shape[1] == channels:
+        sums = sums.narrow(1, 0, channels)
+    elif response_bias is None:
+        sums.narrow(1, channels, channels).zero_()
+    return of_data, *_as_asked(ctx, sums, *shared.unbind())
 
 
-def _of_coefficients(ctx: Any, sums: Tensor, is_watched: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of gates, bias and response bias from the sums over positions, which serve as memory for them
-    where nobody watches.
-    """
+def _as_asked(ctx: Any, of_gates: Tensor | None, *of_biases: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Those that are needed, like what they are gradients of."""
     _, gates, response_bias = ctx.saved_tensors
-    gates_needed, bias_needed, response_bias_needed = ctx.needs_input_grad[2:5]
-    of_gates = of_bias = of_response_bias = None
-    of_response, of_shift = sums.chunk(2, 1)
-    if bias_needed:
-        of_bias = of_shift.sum(0).to(ctx.bias_dtype)
-    if response_bias_needed:
-        of_response_bias = (gates.chunk(2, 1)[1] * of_shift).sum(0).to(response_bias.dtype)
-    if gates_needed:
-        of_gates = of_response
-        if gates.shape[1] == sums.shape[1]:
-            factor = torch.zeros_like(of_shift[:1]) if response_bias is None else response_bias
-            if is_watched:
-                of_gates = torch.cat([of_response, of_shift * factor], 1)
-            else:
-                of_shift.mul_(factor)
-                of_gates = sums
-        of_gates = (of_gates.sum(0, keepdim=True) if len(gates) != len(sums) else of_gates).to(gates.dtype)
-    return of_gates, of_bias, of_response_bias
+    dtypes = (gates.dtype, ctx.bias_dtype, None if response_bias is None else response_bias.dtype)
+    if of_gates is not None and len(gates) != len(of_gates):
+        of_gates = of_gates.sum(0, keepdim=True)
+    return tuple(
+        t.to(dtype) if needed and t is not None else None
+        for t, dtype, needed in zip((of_gates, *of_biases), dtypes, ctx.needs_input_grad[2:5], strict=True)
+    )
 
 
 class _StnGateSums(torch.autograd.Function):
@@ -419,7 +424,8 @@ class _StnGateSums(torch.autograd.Function):
             return _reference.stn_gate_sums(grad, response, batch_dim, channel_dim)
         shape = (grad.shape[batch_dim], 2 * grad.shape[channel_dim])
         sums = torch.empty(shape, dtype=_reference.opmath(grad.dtype), device=grad.device)
-        _ops.stn_gate_backward_(sums, None, grad, response, None, batch_dim=batch_dim, channel_dim=channel_dim)
+        tensors = (sums, None, None, grad, response, None, None)
+        _ops.stn_gate_backward_(*tensors, batch_dim=batch_dim, channel_dim=channel_dim)
         return sums
 
     @staticmethod

@@ -578,6 +578,14 @@ def _check_stn_gates(
         check.shape("gates", gates, columns in (channels, 2 * channels), rule)
 
 
+def _check_stn_bias(
+    check: _checks.ListCheck, name: str, t: Tensor | None, like: tuple[str, Tensor], channels: int
+) -> None:
+    if t is not None:
+        check.operand(name, t, like, _COEFFICIENTS)
+        check.shape(name, t, t.shape == (channels,), f"have a number for each channel, {channels}")
+
+
 def check_stn_gate(
     out: Tensor,
     plain: Tensor | None,
@@ -598,10 +606,8 @@ def check_stn_gate(
     check.following("response", response, like, _SAME, written=False)
     examples, channels = out.shape[batch_dim], out.shape[channel_dim]
     _check_stn_gates(check, gates, like, examples, channels, response_bias is not None)
-    for name, t in (("bias", bias), ("response_bias", response_bias)):
-        if t is not None:
-            check.operand(name, t, like, _COEFFICIENTS)
-            check.shape(name, t, t.shape == (channels,), f"have a number for each channel, {channels}")
+    _check_stn_bias(check, "bias", bias, like, channels)
+    _check_stn_bias(check, "response_bias", response_bias, like, channels)
     check.memory()
     return [out]
 
@@ -642,9 +648,11 @@ def stn_gate_(
 def check_stn_gate_backward(
     sums: Tensor,
     grads: Tensor | None,
+    shared: Tensor | None,
     grad: Tensor,
     response: Tensor,
     gates: Tensor | None,
+    response_bias: Tensor | None,
     *,
     batch_dim: int,
     channel_dim: int,
@@ -662,23 +670,29 @@ def check_stn_gate_backward(
     check.operand("response", response, like, _SAME)
     check.shape("response", response, response.shape == grad.shape, "have the shape of grad")
     if gates is not None:
-        _check_stn_gates(check, gates, like, examples, channels, False)
-    if grads is None:
-        check.memory()
-        return [sums]
-    check.operand("grads", grads, like, _SAME, written=True)
-    twice = [*grad.shape]
-    twice[channel_dim] *= 2
-    alike = grads.shape in (grad.shape, torch.Size(twice))
-    check.shape("grads", grads, alike, "have the shape of grad, or that with twice the channels")
-    check.shape("grads", grads, gates is not None, "be None without gates")
+        _check_stn_gates(check, gates, like, examples, channels, response_bias is not None)
+    _check_stn_bias(check, "response_bias", response_bias, like, channels)
+    if grads is not None:
+        check.operand("grads", grads, like, _SAME, written=True)
+        twice = [*grad.shape]
+        twice[channel_dim] *= 2
+        alike = grads.shape in (grad.shape, torch.Size(twice))
+        check.shape("grads", grads, alike, "have the shape of grad, or that with twice the channels")
+        check.shape("grads", grads, gates is not None, "be None without gates")
+    if shared is not None:
+        check.operand("shared", shared, ("sums", sums), _SAME, written=True)
+        rule = f"have two rows of a number for each channel, {channels}"
+        check.shape("shared", shared, shared.shape == (2, channels), rule)
+    if response_bias is not None:
+        held = gates is not None and shared is not None
+        check.shape("response_bias", response_bias, held, "be None without gates and shared")
     check.memory()
-    return [sums, grads]
+    return [t for t in (sums, grads, shared) if t is not None]
 
 
 _stn_gate_backward_ = _define(
-    "stn_gate_backward_(Tensor(a!) sums, Tensor(b!)? grads, Tensor grad, Tensor response, Tensor? gates, *,"
-    " int batch_dim, int channel_dim) -> ()",
+    "stn_gate_backward_(Tensor(a!) sums, Tensor(b!)? grads, Tensor(c!)? shared, Tensor grad, Tensor response,"
+    " Tensor? gates, Tensor? response_bias, *, int batch_dim, int channel_dim) -> ()",
     _reference.stn_gate_backward_,
     check_stn_gate_backward,
 )
@@ -687,23 +701,29 @@ _stn_gate_backward_ = _define(
 def stn_gate_backward_(
     sums: Tensor,
     grads: Tensor | None,
+    shared: Tensor | None,
     grad: Tensor,
     response: Tensor,
     gates: Tensor | None,
+    response_bias: Tensor | None,
     *,
     batch_dim: int,
     channel_dim: int,
 ) -> None:
-    r"""What the gradients of :func:`stn_gate_` are made of, in one pass; see
+    r"""What the gradients of :func:`stn_gate_` are made of, in one pass over the data; see
     :func:`nestopt_ext._reference.stn_gate_backward_`.
 
-    ``grad``, ``response`` and ``gates`` are as there, and only read. ``sums`` [B, 2 D] (float64 for float64, else
-    float32) receives the sums of ``grad * response``, then those of ``grad``, over the positions of an example.
-    ``grads`` may be None, and then ``gates`` too; or it has the shape of ``grad`` and receives gates_w * grad, the
-    gradient of the response; or twice the channels, and receives ``grad`` before it, the gradient of a stacked tensor.
-    From a native kernel no bit depends on the number of threads. Has no derivative of its own.
+    ``grad``, ``response``, ``gates`` and ``response_bias`` are as there, and only read. ``sums`` [B, 2 D] (float64 for
+    float64, else float32) receives the sums of ``grad * response``, then those of ``grad``, over the positions of an
+    example. ``grads`` may be None; or it has the shape of ``grad`` and receives gates_w * grad, the gradient of the
+    response; or twice the channels, and receives ``grad`` before it, the gradient of a stacked tensor. ``shared``
+    [2, D], of the dtype of ``sums``, may be None; or it receives the gradients of the biases, and the second half of
+    ``sums`` is multiplied by ``response_bias``, which makes ``sums`` the gradient of the gates; that is left out
+    without ``response_bias``. ``gates`` may be None where nothing needs them. From a native kernel no bit depends on
+    the number of threads. Has no derivative of its own.
     """
-    _stn_gate_backward_(sums, grads, grad, response, gates, batch_dim=batch_dim, channel_dim=channel_dim)
+    tensors = (sums, grads, shared, grad, response, gates, response_bias)
+    _stn_gate_backward_(*tensors, batch_dim=batch_dim, channel_dim=channel_dim)
 
 
 _NATIVE = {

@@ -373,21 +373,38 @@ def stn_gate(
 def stn_gate_backward_(
     sums: Tensor,
     grads: Tensor | None,
+    shared: Tensor | None,
     grad: Tensor,
     response: Tensor,
     gates: Tensor | None,
+    response_bias: Tensor | None,
     *,
     batch_dim: int,
     channel_dim: int,
 ) -> None:
-    """``sums`` receives what :func:`stn_gate_sums` returns; ``grads`` the product of ``gates[:, :D]`` and ``grad``, or,
-    if it has twice the channels, ``grad`` and that product.
+    """What the gradients of :func:`stn_gate` are made of.
+
+    ``sums`` receives what :func:`stn_gate_sums` returns; ``grads`` the product of ``gates[:, :D]`` and ``grad``, or, if
+    it has twice the channels, ``grad`` and that product. Then, where there is ``shared``::
+
+        shared[0], shared[1] = sum_n sums[n, D:], sum_n gates[n, D:] * sums[n, D:]
+        sums[:, D:] *= response_bias
+
+    with zeros for ``shared[1]``, and without the last line, where there is no ``response_bias``.
     """
+    math, channels = opmath(grad.dtype), grad.shape[channel_dim]
     sums.copy_(stn_gate_sums(grad, response, batch_dim, channel_dim))
-    if grads is None or gates is None or grads.numel() == 0:
+    if grads is not None and gates is not None and grads.numel() > 0:
+        scaled = stn_gate(None, grad, gates, None, None, batch_dim, channel_dim)
+        grads.copy_(scaled if grads.shape == grad.shape else torch.cat([grad, scaled], channel_dim))
+    if shared is None:
         return
-    scaled = stn_gate(None, grad, gates, None, None, batch_dim, channel_dim)
-    grads.copy_(scaled if grads.shape == grad.shape else torch.cat([grad, scaled], channel_dim))
+    of_shift = sums[:, channels:]
+    shared[0] = of_shift.sum(0)
+    shared[1] = 0.0
+    if response_bias is not None and gates is not None:
+        shared[1] = (gates[:, channels:].to(math) * of_shift).sum(0)
+        of_shift *= response_bias.to(math)
 
 
 def stn_gate_sums(grad: Tensor, response: Tensor, batch_dim: int, channel_dim: int) -> Tensor:

@@ -133,6 +133,15 @@ def test_a_training_at_fixed_values_is_the_plain_one(problem):
     assert learner.values() == pytest.approx(values, rel=1e-4)
 
 
+def test_dropout_rates_start_where_they_are_told_to():
+    values = make_problem(dataclasses.replace(TINY, start_rate=0.5).resolved()).hyper_parameters().values()
+    assert {name: round(float(value), 6) for name, value in values.items()} == {
+        "input_dropout": 0.5,
+        "dropout1": 0.5,
+        "dropout2": 0.5,
+    }
+
+
 @pytest.mark.parametrize("method", ["delta-stn", "stn", "fixed", "ift"])
 def test_the_rate_falls_when_it_should(method):
     problem = make_problem(dataclasses.replace(TINY, lr=0.1, lr_drops=(1, 3), train_steps=1).resolved())
@@ -395,6 +404,7 @@ def test_quick_run_without_the_extras(tmp_path, capsys, monkeypatch):
         (["--lr-drops", "5,5"], "--lr-drops must increase"),
         (["--lr-drops", "a"], "must be epochs such as"),
         (["--lr", "0"], "--lr must be > 0"),
+        (["--start-rate", "0.95"], "--start-rate must be > 0 and < 0.95"),
         (["--hyper-lr", "nan"], "--hyper-lr"),
         (["--entropy-weight", "-1"], "--entropy-weight must be >= 0"),
         (["--threads", "100000"], "--threads must be <="),

@@ -134,18 +134,28 @@ def test_higher_derivatives(order, device):
     torch.testing.assert_close(*values[0], rtol=1e-10, atol=1e-10)
 
 
-def test_the_fused_gradient_equals_the_one_that_can_be_differentiated(device):
-    for case in CASES:
-        for stacked in (True, False):
-            for rows in (1, None):
-                arguments = make(*case, stacked=stacked, rows=rows, device=device)
-                leaves = [t for t in arguments if t is not None]
-                out = stn_gate(*arguments, batch_dim=case[1], channel_dim=case[2])
-                direction = torch.randn_like(out)
-                fused = torch.autograd.grad(out, leaves, direction, retain_graph=True)
-                composed = torch.autograd.grad(out, leaves, direction, create_graph=True)
-                torch.testing.assert_close(fused, composed, rtol=1e-12, atol=1e-13)
-                assert not any(t.requires_grad for t in fused) and composed[-1].requires_grad
+@pytest.mark.parametrize("biases", ["both", "bias", "none", "none, and no gates of them"])
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_fused_gradient_equals_the_one_that_can_be_differentiated(case, stacked, biases, device):
+    for rows in (1, None):
+        arguments = make(*case, stacked=stacked, rows=rows, device=device)
+        if biases != "both":
+            arguments[4] = None
+        if biases.startswith("none"):
+            arguments[3] = None
+        if biases.endswith("gates of them"):
+            arguments[2] = torch.randn_like(arguments[2].chunk(2, 1)[0], requires_grad=True)
+        leaves = [t for t in arguments if t is not None]
+        out = stn_gate(*arguments, batch_dim=case[1], channel_dim=case[2])
+        direction = torch.randn_like(out)
+        fused = torch.autograd.grad(out, leaves, direction, retain_graph=True)
+        composed = torch.autograd.grad(out, leaves, direction, create_graph=True)
+        torch.testing.assert_close(fused, composed, rtol=1e-12, atol=1e-13)
+        want = plain_gate(*arguments, batch_dim=case[1], channel_dim=case[2])
+        torch.testing.assert_close(fused, torch.autograd.grad(want, leaves, direction), rtol=1e-12, atol=1e-13)
+        assert not any(t.requires_grad for t in fused)
+        assert composed[-1].requires_grad == (biases != "bias")  # that of a bias depends on nothing
 
 
 @pytest.mark.parametrize("stacked", [True, False])

@@ -48,6 +48,7 @@ class Problem:
         self.gates = randn(self.examples, 2 * self.channels, dtype=coefficients)
         self.bias, self.response_bias = (randn(self.channels, dtype=coefficients) for _ in range(2))
         self.sums = torch.full((self.examples, 2 * self.channels), NAN, dtype=opmath(data), device=device)
+        self.shared = torch.full((2, self.channels), NAN, dtype=opmath(data), device=device)
         self.grads = layout(torch.full(self.stacked_shape, NAN, dtype=data, device=device))
         self.out.fill_(NAN)
 
@@ -62,7 +63,7 @@ class Problem:
 
     @property
     def backward_arguments(self):
-        return self.sums, self.grads, self.grad, self.response, self.gates
+        return self.sums, self.grads, self.shared, self.grad, self.response, self.gates, self.response_bias
 
     def check_forward(self):
         """Judges a call: numbers, and memory that was not to be touched."""
@@ -84,12 +85,23 @@ class Problem:
         arguments = self.backward_arguments
         memory = Memory(t for t in arguments if t is not None)
         _ops.stn_gate_backward_(*arguments, **self.dims)
-        assert memory.changed_only([t for t in (self.sums, self.grads) if t is not None])
+        assert memory.changed_only([t for t in (self.sums, self.grads, self.shared) if t is not None])
         g, r = exact(self.grad), exact(self.response)
         positions = tuple(d for d in range(g.ndim) if d not in self.dims.values())
-        for found, term in zip(self.sums.chunk(2, 1), (g * r, g), strict=True):
-            size = np.abs(term).sum(positions)
-            assert_close(found, term.sum(positions), size, 16 if self.grad.dtype != torch.float64 else 64)
+        terms = [g * r, g]
+        (products, grads), sizes = [t.sum(positions) for t in terms], [np.abs(t).sum(positions) for t in terms]
+        some = 16 if self.grad.dtype != torch.float64 else 64
+        of_response, of_shift = self.sums.chunk(2, 1)
+        assert_close(of_response, products, sizes[0], some)
+        if self.response_bias is None:
+            assert_close(of_shift, grads, sizes[1], some)
+        else:
+            factor = exact(self.response_bias)
+            assert_close(of_shift, grads * factor, sizes[1] * np.abs(factor), some)
+        if self.shared is not None:
+            assert_close(self.shared[0], grads.sum(0), sizes[1].sum(0), some)
+            gates = exact(self.gates)[:, self.channels :] if self.response_bias is not None else np.zeros_like(grads)
+            assert_close(self.shared[1], (gates * grads).sum(0), (np.abs(gates) * sizes[1]).sum(0), some)
         if self.grads is None:
             return
         scaled = self.spread(exact(self.gates)[:, : self.channels]) * g
@@ -133,8 +145,13 @@ def test_arguments_left_out(case, device):
     problem = Problem(*case, device=device)
     problem.grads = torch.full_like(problem.grad, NAN)
     problem.check_backward()
+    for absent in (("response_bias",), ("response_bias", "shared"), ("response_bias", "shared", "grads", "gates")):
+        problem = Problem(*case, device=device)
+        for name in absent:
+            setattr(problem, name, None)
+        problem.check_backward()
     problem = Problem(*case, device=device)
-    problem.grads = problem.gates = None
+    problem.grads = None
     problem.check_backward()
 
 
@@ -145,9 +162,11 @@ def test_known_numbers(device):
     out, bias = torch.empty_like(x), torch.tensor([1000.0], device=device)
     _ops.stn_gate_(out, x, x, gates, bias, torch.tensor([4.0], device=device), batch_dim=0, channel_dim=1)
     assert out.tolist() == [[[1411.0, 1422.0]], [[1002.0, 1002.0]]]
-    sums, grads = torch.empty(2, 2, device=device), torch.empty(2, 2, 2, device=device)
-    _ops.stn_gate_backward_(sums, grads, 2 * x, x, gates, batch_dim=0, channel_dim=1)
-    assert sums.tolist() == [[10.0, 6.0], [50.0, 14.0]]
+    sums, grads, shared = (torch.empty(shape, device=device) for shape in ((2, 2), (2, 2, 2), (2, 1)))
+    response_bias = torch.tensor([4.0], device=device)
+    _ops.stn_gate_backward_(sums, grads, shared, 2 * x, x, gates, response_bias, batch_dim=0, channel_dim=1)
+    assert sums.tolist() == [[10.0, 24.0], [50.0, 56.0]]
+    assert shared.tolist() == [[20.0], [607.0]]
     assert grads.tolist() == [[[2.0, 4.0], [20.0, 40.0]], [[6.0, 8.0], [-6.0, -8.0]]]
 
 
@@ -167,7 +186,7 @@ def test_nothing(shape, device):
     problem = Problem(shape, 0, 1, device=device)
     problem.check_forward()
     problem.check_backward()
-    assert (problem.sums == 0).all()
+    assert (problem.sums == 0).all() and (problem.shared == 0).all()
 
 
 @pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[6]], ids=str)
@@ -223,7 +242,8 @@ def test_gates_of_any_strides(device):
             problem = Problem(*case, device=device)
             problem.gates = layout(problem.gates)
             problem.bias, problem.response_bias = (layout(t)[: problem.channels] for t in (problem.bias, problem.bias))
-            problem.sums = layout(problem.sums) if layout is not expanded else problem.sums
+            if layout is not expanded:
+                problem.sums, problem.shared = layout(problem.sums), layout(problem.shared)
             problem.check_forward()
             problem.check_backward()
 
@@ -251,7 +271,7 @@ def test_the_same_bits_on_any_number_of_threads(native):
             problem = Problem(*case)
             _ops.stn_gate_(*problem.forward_arguments, **problem.dims)
             _ops.stn_gate_backward_(*problem.backward_arguments, **problem.dims)
-            results[-1] += [problem.out, problem.sums, problem.grads]
+            results[-1] += [problem.out, problem.sums, problem.grads, problem.shared]
     assert all(same_bits(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
@@ -272,9 +292,11 @@ FORWARD = {
 BACKWARD = {
     "sums": torch.zeros(6, 8),
     "grads": torch.zeros(6, 8),
+    "shared": torch.zeros(2, 4),
     "grad": torch.zeros(6, 4),
     "response": torch.zeros(6, 4),
     "gates": torch.zeros(6, 8),
+    "response_bias": torch.zeros(4),
     "batch_dim": 0,
     "channel_dim": 1,
 }
@@ -448,8 +470,33 @@ HOSTILE = {
         ValueError,
         "grads must not overlap itself; got shape (6, 8) with strides (0, 1). Pass a clone.",
     ),
+    "shared of another dtype": (
+        backward(shared=torch.zeros(2, 4, dtype=torch.float64)),
+        TypeError,
+        "shared must be float32 beside sums of float32; got float64.",
+    ),
+    "shared of one row": (
+        backward(shared=torch.zeros(1, 4)),
+        ValueError,
+        "shared must have two rows of a number for each channel, 4; got shape (1, 4).",
+    ),
+    "response bias for no one": (
+        backward(shared=None),
+        ValueError,
+        "response_bias must be None without gates and shared; got shape (4,).",
+    ),
+    "response bias beside gates of the response alone": (
+        backward(gates=torch.zeros(6, 4)),
+        ValueError,
+        "gates must have two columns for each channel, 8; got shape (6, 4).",
+    ),
+    "response bias of more channels": (
+        backward(response_bias=torch.zeros(5)),
+        ValueError,
+        "response_bias must have a number for each channel, 4; got shape (5,).",
+    ),
     "grads without gates": (
-        backward(gates=None),
+        backward(gates=None, response_bias=None),
         ValueError,
         "grads must be None without gates; got shape (6, 8).",
     ),
@@ -493,7 +540,7 @@ def test_autograd_is_told_of_the_write(device):
     for layout in (contiguous, LAYOUTS["every_other"]):
         problem = Problem(*CASES[6], device=device, layout=layout)
         _, *read = problem.forward_arguments
-        written = (problem.out, problem.sums, problem.grads)
+        written = (problem.out, problem.sums, problem.grads, problem.shared)
         before = [t._version for t in (*read, problem.grad)], [t._version for t in written]
         _ops.stn_gate_(*problem.forward_arguments, **problem.dims)
         _ops.stn_gate_backward_(*problem.backward_arguments, **problem.dims)
@@ -525,14 +572,15 @@ def test_in_inference_mode_and_without_grad(device):
 def test_opcheck(pair, device):
     ops = torch.ops.nestopt_ext
     problem = Problem(*CASES[3], pair, device, LAYOUTS["permuted"])
-    for t in (problem.out, problem.sums, problem.grads):
+    for t in (problem.out, problem.sums, problem.grads, problem.shared):
         t.zero_()
     torch.library.opcheck(ops.stn_gate_.default, problem.forward_arguments, problem.dims)
     torch.library.opcheck(ops.stn_gate_backward_.default, problem.backward_arguments, problem.dims)
     out, _, response, gates, _, _ = problem.forward_arguments
     torch.library.opcheck(ops.stn_gate_.default, (out, None, response, gates, None, None), problem.dims)
-    sums, _, grad, response, _ = problem.backward_arguments
-    torch.library.opcheck(ops.stn_gate_backward_.default, (sums, None, grad, response, None), problem.dims)
+    sums, grad, response = problem.sums, problem.grad, problem.response
+    arguments = (sums, None, None, grad, response, None, None)
+    torch.library.opcheck(ops.stn_gate_backward_.default, arguments, problem.dims)
 
 
 def test_compiled_is_one_graph(device):
@@ -542,7 +590,7 @@ def test_compiled_is_one_graph(device):
     def step(plain, response, gates, bias, response_bias, grad):
         out, sums = torch.zeros_like(plain * 2), torch.zeros_like(gates * 2)
         _ops.stn_gate_(out, plain, response, gates, bias, response_bias, batch_dim=0, channel_dim=1)
-        _ops.stn_gate_backward_(sums, None, grad, response, gates, batch_dim=0, channel_dim=1)
+        _ops.stn_gate_backward_(sums, None, None, grad, response, gates, None, batch_dim=0, channel_dim=1)
         return out + 1, sums
 
     compiled = torch.compile(step, backend=counter, fullgraph=True)

@@ -9,8 +9,10 @@ from . import curvature_step as curvature_step
 from . import dual_series as dual_series
 from . import hadamard_gram as hadamard_gram
 from . import hypergradient as hypergradient
+from . import lyapunov as lyapunov
 from . import neumann as neumann
 from . import rank_one_update as rank_one_update
 from . import response_layers as response_layers
 from . import row_dot as row_dot
 from . import softmax_hessian as softmax_hessian
+from . import stn_gate as stn_gate

@@ -34,10 +34,18 @@ inline int64_t stn_gate_backward_count(const StnGateBackward& backward) {
   return backward.sizes.examples * StnGateBlocks(backward.sizes).count * backward.pieces();
 }
 
+// A unit is a block of channels of all examples.
+constexpr int64_t kStnGateFold = 256;
+inline int64_t stn_gate_fold_count(const StnGateBackward& backward) {
+  return (backward.sizes.channels + kStnGateFold - 1) / kStnGateFold;
+}
+
 // Units [first, last); data are of X, gates of G.
 template <class X, class G>
 void stn_gate_units(const StnGate& gate, int64_t first, int64_t last);
 template <class X, class G>
 void stn_gate_backward_units(const StnGateBackward& backward, int64_t first, int64_t last);
+template <class X, class G>
+void stn_gate_fold_units(const StnGateBackward& backward, int64_t first, int64_t last);
 
 }  // namespace nestopt::cpu

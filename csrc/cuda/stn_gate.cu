@@ -54,8 +54,12 @@ cudaError_t stn_gate_backward(const StnGateBackward& backward, cudaStream_t stre
   } else {
     error = sizes.positions() <= 8 ? launch_rows<X, G, 1>(backward, stream) : launch_rows<X, G, 8>(backward, stream);
   }
-  if (error != cudaSuccess || backward.partials == nullptr) return error;
-  return launch(stn_gate_partials_kernel<math_t<X>, kBlock>, blocks_for(backward.num_sums(), kBlock), kBlock, stream,
+  if (error == cudaSuccess && backward.partials != nullptr) {
+    error = launch(stn_gate_partials_kernel<math_t<X>, kBlock>, blocks_for(backward.num_sums(), kBlock), kBlock, stream,
+                   backward);
+  }
+  if (error != cudaSuccess || backward.shared == nullptr) return error;
+  return launch(stn_gate_fold_kernel<math_t<X>, G, kBlock>, blocks_for(sizes.channels, kStnGateWarp), kBlock, stream,
                 backward);
 }
 

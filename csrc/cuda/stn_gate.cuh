@@ -202,4 +202,37 @@ __global__ void __launch_bounds__(kBlock) stn_gate_partials_kernel(const StnGate
   }
 }
 
+// A thread for each channel, of which the warps of a block take the examples in turns.
+template <class T, class G, int kBlock>
+__global__ void __launch_bounds__(kBlock) stn_gate_fold_kernel(const StnGateBackward __grid_constant__ backward) {
+  constexpr int kWarps = kBlock / kStnGateWarp;
+  const int lane = threadIdx.x % kStnGateWarp, warp = threadIdx.x / kStnGateWarp;
+  const int64_t channels = backward.sizes.channels;
+  const T* const response_bias = static_cast<const T*>(backward.response_bias);
+  __shared__ double of_bias[kWarps][kStnGateWarp], of_response_bias[kWarps][kStnGateWarp];
+  for (int64_t begin = int64_t{blockIdx.x} * kStnGateWarp; begin < channels;
+       begin += int64_t{gridDim.x} * kStnGateWarp) {
+    const int64_t channel = begin + lane;
+    double sums[2] = {};
+    for (int64_t e = warp; channel < channels && e < backward.sizes.examples; e += kWarps) {
+      T& sum = backward.grad_sums<T>(e)[channel];
+      sums[0] += sum;
+      if (response_bias == nullptr) continue;
+      sums[1] += T(load(backward.gates.row<G>(e)[channels + channel])) * sum;
+      sum *= response_bias[channel];
+    }
+    of_bias[warp][lane] = sums[0];
+    of_response_bias[warp][lane] = sums[1];
+    __syncthreads();
+    if (warp == 0 && channel < channels) {
+      for (int other = 1; other < kWarps; ++other) {
+        sums[0] += of_bias[other][lane];
+        sums[1] += of_response_bias[other][lane];
+      }
+      backward.share<T>(channel, sums[0], sums[1]);
+    }
+    __syncthreads();  // the next channels write there
+  }
+}
+
 }  // namespace nestopt::cuda

@@ -87,7 +87,9 @@ struct StnGate {
 };
 
 // sums[example] receives, for each channel, the sum of grad * response over the positions, then, for each channel, that
-// of grad. `copied` receives grad, `scaled` gate * grad.
+// of grad. `copied` receives grad, `scaled` gate * grad. Then, where `shared` is asked for, the second half of sums is
+// folded: its sum over examples, and that of its product with the bias gates, go to shared, and it becomes its product
+// with the response bias.
 struct StnGateBackward {
   static constexpr int64_t kPiece = 4096;  // positions
 
@@ -96,9 +98,11 @@ struct StnGateBackward {
   StnGateSlabs scaled;  // likewise
   StnGateSlabs grad;
   StnGateSlabs response;
-  StnGateRows gates;  // null if only sums are asked for
-  void* sums;         // [examples, 2 channels], in the math type
-  double* partials;   // [pieces, examples, 2 channels]; null if positions are of one piece
+  StnGateRows gates;          // null if only sums are asked for
+  void* sums;                 // [examples, 2 channels], in the math type
+  double* partials;           // [pieces, examples, 2 channels]; null if positions are of one piece
+  void* shared;               // [2, channels], in the math type; null: not asked for
+  const void* response_bias;  // in the math type; null: zeros, and no product with it
 
   template <class G>
   NESTOPT_HD math_t<G> gate(int64_t example, int64_t channel) const {
@@ -120,6 +124,16 @@ struct StnGateBackward {
       partials[piece * num_sums() + at] = products;
       partials[piece * num_sums() + at + sizes.channels] = grads;
     }
+  }
+  // The second half of the sums of an example, once they are there.
+  template <class T>
+  NESTOPT_HD T* grad_sums(int64_t example) const {
+    return static_cast<T*>(sums) + (2 * example + 1) * sizes.channels;
+  }
+  template <class T>
+  NESTOPT_HD void share(int64_t channel, double of_bias, double of_response_bias) const {
+    static_cast<T*>(shared)[channel] = static_cast<T>(of_bias);
+    static_cast<T*>(shared)[sizes.channels + channel] = static_cast<T>(of_response_bias);
   }
   // Once all pieces are there; i < num_sums().
   template <class T>

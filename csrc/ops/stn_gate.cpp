@@ -52,11 +52,12 @@ void check_gates(ListCheck& checks, const at::Tensor& gates, const char* other, 
   }
 }
 
-void check_bias(ListCheck& checks, const char* name, const at::Tensor* bias, const at::Tensor& out, const Dims& dims) {
+void check_bias(ListCheck& checks, const char* name, const at::Tensor* bias, const char* other, const at::Tensor& t,
+                const Dims& dims) {
   if (bias == nullptr) return;
-  checks.operand(name, *bias, "out", out, coefficient_dtypes);
-  checks.shape(name, *bias, bias->dim() == 1 && bias->size(0) == out.size(dims.channel),
-               "have a number for each channel, ", out.size(dims.channel));
+  checks.operand(name, *bias, other, t, coefficient_dtypes);
+  checks.shape(name, *bias, bias->dim() == 1 && bias->size(0) == t.size(dims.channel),
+               "have a number for each channel, ", t.size(dims.channel));
 }
 
 struct Forward {
@@ -74,8 +75,8 @@ struct Forward {
     if (plain != nullptr) checks.following("plain", *plain, same_dtype, false);
     checks.following("response", *response, same_dtype, false);
     check_gates(checks, *gates, "out", *out, dims, response_bias != nullptr);
-    check_bias(checks, "bias", bias, *out, dims);
-    check_bias(checks, "response_bias", response_bias, *out, dims);
+    check_bias(checks, "bias", bias, "out", *out, dims);
+    check_bias(checks, "response_bias", response_bias, "out", *out, dims);
     checks.memory();
   }
 };
@@ -83,9 +84,11 @@ struct Forward {
 struct Backward {
   const at::Tensor* sums;
   const at::Tensor* grads;
+  const at::Tensor* shared;
   const at::Tensor* grad;
   const at::Tensor* response;
   const at::Tensor* gates;
+  const at::Tensor* response_bias;
   Dims dims;
 
   bool stacked() const { return grads->size(dims.channel) != grad->size(dims.channel); }
@@ -100,7 +103,8 @@ struct Backward {
                  "have a row for each example and two columns for each channel, ", examples, " and ", 2 * channels);
     checks.operand("response", *response, "grad", *grad, same_dtype);
     checks.shape("response", *response, response->sizes() == grad->sizes(), "have the shape of grad");
-    if (gates != nullptr) check_gates(checks, *gates, "grad", *grad, dims, false);
+    if (gates != nullptr) check_gates(checks, *gates, "grad", *grad, dims, response_bias != nullptr);
+    check_bias(checks, "response_bias", response_bias, "grad", *grad, dims);
     if (grads != nullptr) {
       checks.operand("grads", *grads, "grad", *grad, same_dtype, true);
       std::vector<int64_t> wanted = grad->sizes().vec();
@@ -109,6 +113,15 @@ struct Backward {
       checks.shape("grads", *grads, alike || grads->sizes() == at::IntArrayRef(wanted),
                    "have the shape of grad, or that with twice the channels");
       checks.shape("grads", *grads, gates != nullptr, "be None without gates");
+    }
+    if (shared != nullptr) {
+      checks.operand("shared", *shared, "sums", *sums, same_dtype, true);
+      checks.shape("shared", *shared, shared->sizes() == at::IntArrayRef({2, channels}),
+                   "have two rows of a number for each channel, ", channels);
+    }
+    if (response_bias != nullptr) {
+      checks.shape("response_bias", *response_bias, gates != nullptr && shared != nullptr,
+                   "be None without gates and shared");
     }
     checks.memory();
   }
@@ -212,6 +225,9 @@ class Walk {
   }
 };
 
+// A tensor that is written, or one of its size instead.
+at::Tensor dense(const at::Tensor& t) { return t.is_contiguous() ? t : t.new_empty(t.sizes()); }
+
 // Numbers for the channels in the type of the arithmetic, next to each other; null stays null.
 const void* coefficients(const at::Tensor* t, at::ScalarType data, at::Tensor& kept) {
   if (t == nullptr) return nullptr;
@@ -261,6 +277,11 @@ struct OnCpu {
           0, cpu::stn_gate_backward_count(backward), std::max<int64_t>(1, kGrain / unit),
           [&](int64_t first, int64_t last) { cpu::stn_gate_backward_units<X, decltype(g)>(backward, first, last); });
       for (int64_t i = 0; pieces > 1 && i < backward.num_sums(); ++i) backward.add_partials<math_t<X>>(i);
+      if (backward.shared == nullptr) return;
+      const int64_t fold = std::max<int64_t>(1, kGrain / (cpu::kStnGateFold * backward.sizes.examples));
+      at::parallel_for(0, cpu::stn_gate_fold_count(backward), fold, [&](int64_t first, int64_t last) {
+        cpu::stn_gate_fold_units<X, decltype(g)>(backward, first, last);
+      });
     });
   }
 };
@@ -328,9 +349,11 @@ template <class Device>
 void stn_gate_backward_(BoxedArguments next) {
   Backward a{.sums = next.tensor(),
              .grads = next.optional_tensor(),
+             .shared = next.optional_tensor(),
              .grad = next.tensor(),
              .response = next.tensor(),
              .gates = next.optional_tensor(),
+             .response_bias = next.optional_tensor(),
              .dims = {}};
   a.dims = read_dims(next);
   ListCheck checks("stn_gate_backward_");
@@ -339,11 +362,14 @@ void stn_gate_backward_(BoxedArguments next) {
   const at::AutoDispatchBelowADInplaceOrView copies_are_ours;
   if (a.grad->numel() == 0) {
     a.sums->zero_();
+    if (a.shared != nullptr) a.shared->zero_();
     return;
   }
   Walk walk(*a.response, a.dims);
   const at::Tensor gates = a.gates == nullptr ? *a.sums : with_dense_rows(*a.gates);
-  const at::Tensor sums = a.sums->is_contiguous() ? *a.sums : a.sums->new_empty(a.sums->sizes());
+  const at::Tensor sums = dense(*a.sums);
+  const at::Tensor shared = a.shared == nullptr ? at::Tensor() : dense(*a.shared);
+  at::Tensor response_bias;
   StnGateBackward backward{.sizes = walk.sizes(),
                            .copied = {},
                            .scaled = {},
@@ -351,7 +377,9 @@ void stn_gate_backward_(BoxedArguments next) {
                            .response = walk.read(a.response),
                            .gates = {a.gates == nullptr ? nullptr : gates.const_data_ptr(), gates.stride(0)},
                            .sums = sums.mutable_data_ptr(),
-                           .partials = nullptr};
+                           .partials = nullptr,
+                           .shared = a.shared == nullptr ? nullptr : shared.mutable_data_ptr(),
+                           .response_bias = coefficients(a.response_bias, a.grad->scalar_type(), response_bias)};
   if (a.grads != nullptr && a.stacked()) {
     const int64_t channels = a.grad->size(a.dims.channel);
     backward.copied = walk.write(a.grads->narrow(a.dims.channel, 0, channels));
@@ -362,6 +390,7 @@ void stn_gate_backward_(BoxedArguments next) {
   Device::run(*a.response, gates, backward);
   walk.finish();
   if (!sums.is_same(*a.sums)) a.sums->copy_(sums);
+  if (a.shared != nullptr && !shared.is_same(*a.shared)) a.shared->copy_(shared);
 }
 
 }  // namespace

@@ -1,10 +1,10 @@
-"""The command line: `python -m nestopt_ext`, with `tune`, `overfit`, `self-tune`, `games` and `info`."""
+"""The command line: `python -m nestopt_ext`, with `tune`, `overfit`, `self-tune`, `games`, `ride` and `info`."""
 
 import json
 from collections.abc import Sequence
 from typing import Any
 
-from . import cli_games, cli_overfit, cli_self_tune, cli_tune, info
+from . import cli_games, cli_overfit, cli_ride, cli_self_tune, cli_tune, info
 from .command import PROGRAM, Parser
 
 
@@ -16,6 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cli_overfit.add(commands)
     cli_self_tune.add(commands)
     cli_games.add(commands)
+    cli_ride.add(commands)
     _add_info(commands)
     options = vars(parser.parse_args(arguments))
     run = options.pop("run", None)

@@ -94,6 +94,7 @@ def add(commands: Any) -> None:
     train.add_argument("--warmup", type=int, metavar="N", help="epochs before the hyperparameters move (5)")
     train.add_argument("--train-steps", type=int, metavar="N", help="steps on the weights in turn (5; lstm 2)")
     train.add_argument("--valid-steps", type=int, metavar="N", help="with steps on the hyperparameters (1)")
+    train.add_argument("--start-rate", type=float, metavar="X", help="dropout rates that are tuned start here (0.05)")
     train.add_argument("--entropy-weight", type=float, metavar="X", help="of the perturbations' entropy (0.001)")
     train.add_argument("--scale", type=float, metavar="X", help="of the perturbations at the start (1)")
     train.add_argument("--bptt", type=int, metavar="N", help="words of a chunk of text (70)")

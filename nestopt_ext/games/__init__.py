@@ -3,10 +3,13 @@
 from . import zoo
 from ._players import Game, Player, parameters
 from ._watch import PlayStatus
+from .archive import Archive, Bifurcation, Branch, BranchStatus, Solution
 from .directions import cgd, consensus, lola, lookahead, sga, sos
+from .eigen_ridges import EigenRidges
 from .eigenspaces import Eigenspace, eigenspace, track
 from .jacobian import GameJacobian, game_jacobian, gradients
 from .lyapunov import LyapunovStart, MaxLyapunovExponent, lyapunov_exponents, max_lyapunov_exponent, max_lyapunov_start
+from .lyapunov_branches import LyapunovBranches
 from .map_jacobian import (
     Eigenpairs,
     MapJacobian,
@@ -19,15 +22,22 @@ from .maps import OptimizerMap, extragradient_map, lola_map, momentum_map, sgd_m
 from .momentum import convergence_rate, converges, momentum_matrix, momentum_spectrum, small_step_converges
 from .momentum_choice import MethodComparison, MomentumChoice, compare_methods, optimal_momentum
 from .play import alternating, simultaneous
+from .ridge_rider import ridge_rider
 from .spectrum import Spectrum, spectrum
 from .trajectory import Trajectory
 from .zoo import bilinear, dirac_gan, ipd, matching_pennies, mix, mixed, random_subspace_ipd, small_ipd
 
 __all__ = [
+    "Archive",
+    "Bifurcation",
+    "Branch",
+    "BranchStatus",
+    "EigenRidges",
     "Eigenpairs",
     "Eigenspace",
     "Game",
     "GameJacobian",
+    "LyapunovBranches",
     "LyapunovStart",
     "MapJacobian",
     "MaxLyapunovExponent",
@@ -37,6 +47,7 @@ __all__ = [
     "PlayStatus",
     "Player",
     "SingularPairs",
+    "Solution",
     "Spectrum",
     "Trajectory",
     "alternating",
@@ -70,6 +81,7 @@ __all__ = [
     "optimal_momentum",
     "parameters",
     "random_subspace_ipd",
+    "ridge_rider",
     "sga",
     "sgd_map",
     "simultaneous",

@@ -14,9 +14,9 @@
 
 // Around the blocks, strips and pieces of the kernels: short and long runs, one position and many.
 inline const std::vector<nestopt::StnGateSizes> kStnGateSizes = {
-    {1, 3, 1, 1, 1},    {1, 5, 1, 33, 1},  {1, 2, 1, 1025, 1}, {4, 3, 1, 40, 1},  {1, 2, 70, 31, 1},
-    {3, 2, 5, 7, 1},    {1, 3, 1, 5, 4},   {1, 2, 1, 300, 4},  {2, 2, 3, 5, 32},  {1, 2, 1, 3, 33},
-    {1, 2, 1, 3, 1100}, {2, 2, 1, 3, 130}, {1, 1, 9000, 2, 1}, {4100, 2, 1, 3, 2}};
+    {1, 3, 1, 1, 1},    {1, 5, 1, 33, 1},  {1, 2, 1, 1025, 1}, {4, 3, 1, 40, 1},   {1, 2, 70, 31, 1},
+    {3, 2, 5, 7, 1},    {1, 3, 1, 5, 4},   {1, 2, 1, 300, 4},  {2, 2, 3, 5, 32},   {1, 2, 1, 3, 33},
+    {1, 2, 1, 3, 1100}, {2, 2, 1, 3, 130}, {1, 1, 9000, 2, 1}, {4100, 2, 1, 3, 2}, {1, 150, 1, 300, 1}};
 
 // Slabs have gaps between them that hold NaN and are not to be touched; gates too. The arrays end with the last
 // element, so that AddressSanitizer sees a step too far. The outermost dimension has the smallest stride of those
@@ -42,6 +42,7 @@ class StnGateCase {
       response_bias_.push_back(static_cast<T>(normal_(random_)));
     }
     sums_.assign(sizes.examples * 2 * sizes.channels, static_cast<T>(NAN));
+    shared_.assign(2 * sizes.channels, static_cast<T>(NAN));
   }
 
   nestopt::StnGate forward(bool plain = true, bool biases = true) {
@@ -53,15 +54,18 @@ class StnGateCase {
             .bias = biases ? bias_.data() : nullptr,
             .response_bias = biases ? response_bias_.data() : nullptr};
   }
-  nestopt::StnGateBackward backward(bool copied = true, bool scaled = true) {
+  // `folded`: with shared and the response bias; the latter alone is left out if `biased` is false.
+  nestopt::StnGateBackward backward(bool copied = true, bool scaled = true, bool folded = true, bool biased = true) {
     nestopt::StnGateBackward backward{.sizes = sizes_,
                                       .copied = copied ? slabs(copied_) : nestopt::StnGateSlabs{},
                                       .scaled = scaled ? slabs(scaled_) : nestopt::StnGateSlabs{},
                                       .grad = slabs(grad_),
                                       .response = slabs(response_),
-                                      .gates = {scaled ? gates_.data() : nullptr, gate_stride()},
+                                      .gates = {scaled || folded ? gates_.data() : nullptr, gate_stride()},
                                       .sums = sums_.data(),
-                                      .partials = nullptr};
+                                      .partials = nullptr,
+                                      .shared = folded ? shared_.data() : nullptr,
+                                      .response_bias = folded && biased ? response_bias_.data() : nullptr};
     if (backward.pieces() > 1) {
       partials_.assign(backward.pieces() * backward.num_sums(), NAN);
       backward.partials = partials_.data();
@@ -70,6 +74,7 @@ class StnGateCase {
   }
   const std::vector<X>& out() const { return out_; }
   const std::vector<T>& sums() const { return sums_; }
+  const std::vector<T>& shared() const { return shared_; }
 
   void expect_forward(bool plain = true, bool biases = true) const {
     for_each([&](int64_t at, int64_t e, int64_t c) {
@@ -82,7 +87,7 @@ class StnGateCase {
     });
     expect_gaps(out_);
   }
-  void expect_backward(bool copied = true, bool scaled = true) const {
+  void expect_backward(bool copied = true, bool scaled = true, bool folded = true, bool biased = true) const {
     std::vector<Long> want(sums_.size()), size(sums_.size());
     for_each([&](int64_t at, int64_t e, int64_t c) {
       const Long g = nestopt::load(grad_[at]), product = g * Long{nestopt::load(response_[at])};
@@ -94,6 +99,24 @@ class StnGateCase {
       if (copied) CHECK(std::memcmp(&copied_[at], &grad_[at], sizeof(X)) == 0, "copied", at);
       if (scaled) expect(scaled_[at], gate(e, c) * g, std::abs(gate(e, c) * g), "scaled", at);
     });
+    for (int64_t c = 0; folded && c < sizes_.channels; ++c) {
+      Long shared[2] = {}, shared_size[2] = {};
+      for (int64_t e = 0; e < sizes_.examples; ++e) {
+        const int64_t sum = (2 * e + 1) * sizes_.channels + c;
+        const Long factors[2] = {1, biased ? gate(e, sizes_.channels + c) : 0};
+        for (int k : {0, 1}) {
+          shared[k] += factors[k] * want[sum];
+          shared_size[k] += std::abs(factors[k]) * size[sum];
+        }
+        if (!biased) continue;
+        want[sum] *= response_bias_[c];
+        size[sum] *= std::abs(Long{response_bias_[c]});
+      }
+      for (int k : {0, 1}) {
+        const T found = shared_[k * sizes_.channels + c];
+        CHECK(std::abs(Long{found} - shared[k]) <= shared_size[k] * 16 * rounding(), "shared", k, c, found, shared[k]);
+      }
+    }
     for (size_t i = 0; i < sums_.size(); ++i) {
       CHECK(std::abs(Long{sums_[i]} - want[i]) <= size[i] * 16 * rounding(), "sum", i, sums_[i], want[i]);
     }
@@ -110,7 +133,7 @@ class StnGateCase {
   std::normal_distribution<double> normal_;
   std::vector<X> plain_, response_, grad_, out_, copied_, scaled_;
   std::vector<G> gates_;
-  std::vector<T> bias_, response_bias_, sums_;
+  std::vector<T> bias_, response_bias_, sums_, shared_;
   std::vector<double> partials_;
 
   static Long rounding() { return std::is_same_v<T, double> ? 0x1p-53 : 0x1p-24; }

@@ -21,7 +21,7 @@ template <class X, class G>
 void check_kernels() {
   for (const StnGateSizes& sizes : kStnGateSizes) {
     std::vector<X> out;
-    std::vector<math_t<X>> sums;
+    std::vector<math_t<X>> sums, shared;
     for (fibre::seed = 0; fibre::seed < 2; ++fibre::seed) {
       StnGateCase<X, G> problem(sizes);
       const StnGateBackward backward = problem.backward();
@@ -30,18 +30,19 @@ void check_kernels() {
       problem.expect_forward();
       expect_same(out, problem.out());
       CHECK((cuda::stn_gate_backward<X, G>(backward, nullptr)) == cudaSuccess);
-      CHECK(fibre::launches - before == (backward.pieces() > 1 ? 3 : 2));
+      CHECK(fibre::launches - before == (backward.pieces() > 1 ? 4 : 3));
       problem.expect_backward();
       expect_same(sums, problem.sums());
+      expect_same(shared, problem.shared());
     }
     fibre::seed = 0;
     StnGateCase<X, G> problem(sizes);
     CHECK((cuda::stn_gate<X, G>(problem.forward(false, false), nullptr)) == cudaSuccess);
     problem.expect_forward(false, false);
-    CHECK((cuda::stn_gate_backward<X, G>(problem.backward(false, false), nullptr)) == cudaSuccess);
-    problem.expect_backward(false, false);
-    CHECK((cuda::stn_gate_backward<X, G>(problem.backward(false, true), nullptr)) == cudaSuccess);
-    problem.expect_backward(false, true);
+    CHECK((cuda::stn_gate_backward<X, G>(problem.backward(false, false, false), nullptr)) == cudaSuccess);
+    problem.expect_backward(false, false, false);
+    CHECK((cuda::stn_gate_backward<X, G>(problem.backward(false, true, true, false), nullptr)) == cudaSuccess);
+    problem.expect_backward(false, true, true, false);
   }
 }
 
@@ -60,17 +61,22 @@ TEST(any_number_of_blocks) {
     CHECK(cuda::launch(cuda::stn_gate_kernel<float, float, 64>, blocks, 64, nullptr, forward.forward()) == cudaSuccess);
     forward.expect_forward();
     CHECK(cuda::launch(cuda::stn_gate_backward_rows_kernel<float, float, 2, 64>, blocks, 64, nullptr,
-                       rows.backward()) == cudaSuccess);
-    rows.expect_backward();
-    CHECK(cuda::launch(cuda::stn_gate_backward_rows_kernel<float, float, 1, 64>, blocks, 64, nullptr, few.backward()) ==
-          cudaSuccess);
-    few.expect_backward();
+                       rows.backward(true, true, false)) == cudaSuccess);
+    rows.expect_backward(true, true, false);
+    CHECK(cuda::launch(cuda::stn_gate_backward_rows_kernel<float, float, 1, 64>, blocks, 64, nullptr,
+                       few.backward(true, true, false)) == cudaSuccess);
+    few.expect_backward(true, true, false);
     CHECK(cuda::launch(cuda::stn_gate_backward_runs_kernel<float, float, 32, 64>, blocks, 64, nullptr,
-                       runs.backward()) == cudaSuccess);
-    runs.expect_backward();
+                       runs.backward(true, true, false)) == cudaSuccess);
+    runs.expect_backward(true, true, false);
     CHECK(cuda::launch(cuda::stn_gate_backward_runs_kernel<float, float, 64, 64>, blocks, 64, nullptr,
-                       long_runs.backward()) == cudaSuccess);
-    long_runs.expect_backward();
+                       long_runs.backward(true, true, false)) == cudaSuccess);
+    long_runs.expect_backward(true, true, false);
+    StnGateCase<float, float> fold({1, 7, 1, 70, 1});
+    const StnGateBackward backward = fold.backward();
+    CHECK((cuda::stn_gate_backward<float, float>(fold.backward(true, true, false), nullptr)) == cudaSuccess);
+    CHECK(cuda::launch(cuda::stn_gate_fold_kernel<float, float, 64>, blocks, 64, nullptr, backward) == cudaSuccess);
+    fold.expect_backward();
   }
 }
 

@@ -25,6 +25,9 @@ void run(const StnGateBackward& backward, int num_threads) {
   for (int64_t i = 0; backward.partials != nullptr && i < backward.num_sums(); ++i) {
     backward.add_partials<math_t<X>>(i);
   }
+  if (backward.shared == nullptr) return;
+  in_threads(cpu::stn_gate_fold_count(backward), num_threads,
+             [&](int64_t begin, int64_t end) { cpu::stn_gate_fold_units<X, G>(backward, begin, end); });
 }
 
 template <class T>
@@ -37,7 +40,7 @@ template <class X, class G>
 void check_kernels() {
   for (const StnGateSizes& sizes : kStnGateSizes) {
     std::vector<X> out;
-    std::vector<math_t<X>> sums;
+    std::vector<math_t<X>> sums, shared;
     for (int num_threads : {1, 3}) {
       StnGateCase<X, G> problem(sizes);
       run<X, G>(problem.forward(), num_threads);
@@ -46,14 +49,15 @@ void check_kernels() {
       run<X, G>(problem.backward(), num_threads);
       problem.expect_backward();
       expect_same(sums, problem.sums(), num_threads);
+      expect_same(shared, problem.shared(), num_threads);
     }
     StnGateCase<X, G> problem(sizes);
     run<X, G>(problem.forward(false, false), 1);
     problem.expect_forward(false, false);
-    run<X, G>(problem.backward(false, false), 1);
-    problem.expect_backward(false, false);
-    run<X, G>(problem.backward(false, true), 1);
-    problem.expect_backward(false, true);
+    run<X, G>(problem.backward(false, false, false), 1);
+    problem.expect_backward(false, false, false);
+    run<X, G>(problem.backward(false, true, true, false), 1);
+    problem.expect_backward(false, true, true, false);
   }
 }
 

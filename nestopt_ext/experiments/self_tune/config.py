@@ -57,8 +57,8 @@ class SelfTuneConfig:
     epochs: length of one training. budget: what each method may spend; see `Budget`. Without one, a method that tunes
     while it trains makes one training, and a search ``trials``. warmup: epochs before hyperparameters move.
     train_steps, valid_steps: steps on weights and on hyperparameters in turn. lr, hyper_lr: their rates. lr_drops:
-    epochs at which the former falls to a fifth. entropy_weight, scale: of the perturbations of response models. bptt:
-    words of a chunk of text. threads: of the CPU.
+    epochs at which the former falls to a fifth. start_rate: of the dropouts that are tuned. entropy_weight, scale: of
+    the perturbations of response models. bptt: words of a chunk of text. threads: of the CPU.
     """
 
     files: ClassVar[tuple[str, ...]] = (LOG, CHECKPOINT, PICTURE)
@@ -83,6 +83,7 @@ class SelfTuneConfig:
     lr: float | None = None
     lr_drops: tuple[int, ...] | None = None
     hyper_lr: float | None = None
+    start_rate: float = models.START_RATE
     entropy_weight: float = 1e-3
     scale: float = 1.0
     bptt: int = 70
@@ -156,6 +157,8 @@ class SelfTuneConfig:
         for name in ("lr", "hyper_lr", "scale"):
             if check_number(name, getattr(self, name)) <= 0:
                 raise ConfigError(f"--{name.replace('_', '-')} must be > 0; got {getattr(self, name)}.")
+        if not 0 < check_number("start_rate", self.start_rate) < 0.95:
+            raise ConfigError(f"--start-rate must be > 0 and < 0.95; got {self.start_rate}.")
         if check_number("entropy_weight", self.entropy_weight) < 0:
             raise ConfigError(f"--entropy-weight must be >= 0; got {self.entropy_weight}.")
         if self.budget is not None:

@@ -84,7 +84,7 @@ class LanguageProblem(SelfTuningProblem):
         }
         for name, columns in (("train", self.train), ("valid", self.valid), *self.scored.items()):
             text.require_length(name, columns)
-        self.space = [*space.rates(_RATES), *space.activation(), *self.extras()]
+        self.space = [*space.rates(_RATES, config.start_rate), *space.activation(), *self.extras()]
 
     def network(self, hparams: HyperParameters, *, centred: bool) -> StnModel:
         """See `SelfTuningProblem`."""

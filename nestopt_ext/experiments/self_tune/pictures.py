@@ -58,7 +58,8 @@ class PictureProblem(SelfTuningProblem):
             scale=self.deviation,
             seed=config.seed,
         )
-        self.space = [*space.rates(models.dropouts(self.plain)), *self._augmentations(), *self.extras()]
+        rates = space.rates(models.dropouts(self.plain), config.start_rate)
+        self.space = [*rates, *self._augmentations(), *self.extras()]
         self.augment = self._augment()
 
     @property

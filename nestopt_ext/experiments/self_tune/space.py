@@ -40,9 +40,9 @@ class Dimension:
         return sorted(set(values.clamp(*self.search).tolist()))  # a logarithm that is undone may be beyond an end
 
 
-def rates(names: Iterable[str]) -> list[Dimension]:
+def rates(names: Iterable[str], start: float = START_RATE) -> list[Dimension]:
     """Dropout rates; searches stay below 0.75, since hardly anything is learned above."""
-    return [Dimension(name, START_RATE, 0.0, 0.95, (0.0, 0.75)) for name in names]
+    return [Dimension(name, start, 0.0, 0.95, (0.0, 0.75)) for name in names]
 
 
 def cutout(rows: int) -> list[Dimension]:

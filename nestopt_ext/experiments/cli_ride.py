@@ -1,0 +1,120 @@
+"""The command `ride`: its options, its run folder, its run."""
+
+import argparse
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from .._checkpoint import CheckpointError
+from .._progress import ProgressBar
+from . import run_folder
+from .command import Call, StopRequest, print_tables, say_no_picture
+from .job import prepare
+from .ride import pictures
+from .ride.config import GAMES, OPTIMIZERS, ORDERS, QUICK, RideConfig
+from .ride.report import findings, tables
+from .ride.run import num_pieces, ride
+from .tune import Interrupted
+
+_RIDE_TEXT = """\
+Looks for every solution of a game, not one: goes to where a small step decides what is reached, branches, rides every
+branch to its end, and says which solutions descents without branches find for as many gradients. Leaves a JSON log,
+pictures and a checkpoint in the output folder. Ctrl-C stops; --resume continues.
+
+small-ipd, random-subspace-ipd, mix, matching-pennies, ipd: toy games, from where neighbours part fastest
+polynomial: a loss with known minima, along the ridges of its saddle
+shapes: a network on pictures in which each of three features tells the class, from its most symmetric saddle
+gan: a small GAN on a ring of Gaussians"""
+
+#: Flag, type, placeholder and help; what a game sets them to is in `nestopt_ext.experiments.ride.config`.
+_OPTIONS: tuple[tuple[str, type, str, str], ...] = (
+    ("--lr", float, "LR", "learning rate of the rides (a toy game 1, gan and polynomial 0.1, shapes 0.3)"),
+    ("--steps", int, "N", "steps of a ride"),
+    ("--starts", int, "N", "random starts, toy games (10)"),
+    ("--spread", float, "X", "their standard deviation, toy games (2; ipd 1)"),
+    ("--exponent-steps", int, "K", "steps over which an exponent is taken, games (10)"),
+    ("--ascent-steps", int, "N", "steps of the climb to the largest exponent, games"),
+    ("--ascent-lr", float, "X", "their length, games (0.1)"),
+    ("--directions", int, "N", "directions to branch along, not for polynomial"),
+    ("--step-size", float, "X", "length of a step along a ridge, polynomial and shapes"),
+    ("--tau", float, "X", "share of matching pennies in mix (0.25)"),
+    ("--dim", int, "N", "variables of polynomial (2)"),
+    ("--images", int, "N", "training pictures of shapes (512)"),
+    ("--modes", int, "N", "Gaussians of gan (4)"),
+    ("--width", int, "N", "units of a hidden layer, shapes (4) and gan (16)"),
+)
+
+
+def add(commands: Any) -> None:
+    """Adds the parser of the command to the subparsers ``commands``."""
+    # Only what was typed appears in the namespace, so that --resume can tell a conflict from a default.
+    parser = commands.add_parser(
+        "ride",
+        help="find many solutions of a game by branching where paths part",
+        description=_RIDE_TEXT,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--game", choices=GAMES, help=f"{' | '.join(GAMES)} (small-ipd)", metavar="NAME")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, help="what rides a toy game (by the game)")
+    parser.add_argument("--order", choices=ORDERS, help="in which branches of polynomial are ridden (breadth)")
+    parser.add_argument(
+        "--branch-sizes", type=_numbers, metavar="X,...", help="first steps of the branches, games (0.5,1,2; gan 1)"
+    )
+    for flag, kind, placeholder, text in _OPTIONS:
+        parser.add_argument(flag, type=kind, metavar=placeholder, help=text)
+    parser.add_argument("--seed", type=int, metavar="N", help="of everything that is drawn (0)")
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="folder for what the run leaves (runs/ride-<game>-<seed>, with -run2 and so on when taken)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="start anew in an output folder that holds a run")
+    parser.add_argument(
+        "--resume", metavar="DIR", help="continue the run in DIR to the numbers of an uninterrupted one"
+    )
+    parser.add_argument("--quick", action="store_true", help="a small run of a few seconds, to see the whole path")
+    parser.set_defaults(run=_run)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    """Numbers with commas between them, fractions among them."""
+    try:
+        return tuple(float(Fraction(part)) for part in text.split(","))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise argparse.ArgumentTypeError(
+            f"must be numbers such as 0.5,1/8 with commas between them; got {text!r}"
+        ) from None
+
+
+def _run(typed: dict[str, Any]) -> int:
+    call = Call("ride", (CheckpointError,), resumable=True)
+    return call.exit_code(lambda call: _ride(typed, call))
+
+
+def _ride(typed: dict[str, Any], call: Call) -> int:
+    quick = QUICK.get(typed.get("game", RideConfig.game), {})
+    job = prepare(typed, RideConfig, checked=RideConfig.resolved, quick=quick, default_folder=_default_folder)
+    if not job.resume:
+        run_folder.begin(job.folder, job.config, overwrite=job.overwrite)
+    call.begun = job.folder
+    bar = ProgressBar(num_pieces(job.config))
+    with StopRequest() as stop:
+        try:
+            result = ride(job.config, job.folder, resume=job.resume, should_stop=stop.asked, progress=bar)
+        except Interrupted:
+            bar.close()
+            return call.interrupted(stop.number)
+        finally:
+            bar.close()
+    print_tables(tables(result), findings(result))
+    try:
+        pictures.save_pictures(job.folder, result)
+    except ImportError:
+        say_no_picture()
+    print(f"Log, checkpoint and pictures: {job.folder}")
+    return 0
+
+
+def _default_folder(config: RideConfig) -> Path:
+    return Path("runs") / f"ride-{config.game}-{config.seed}"

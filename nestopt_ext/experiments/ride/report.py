@@ -1,0 +1,48 @@
+"""What a reader of a ride is told: the table of solutions, and sentences."""
+
+from .results import RideResult
+
+
+def tables(result: RideResult) -> list[tuple[list[str], list[list[str]]]]:
+    """A header and a row for each solution."""
+    num_starts = len(result.study.starts)
+    header = ["solution", *result.study.header]
+    header += [f"starts of {num_starts}"] if num_starts > 1 else []
+    header += [f"branches of {len(result.archive.branches)}"]
+    header += [f"{end.name} ({len(end.states)})" for end in result.ends]
+    rows = []
+    for row in result.rows:
+        cells = [row.name, *result.study.row(row.key)]
+        cells += [_count(row.starts)] if num_starts > 1 else []
+        rows.append([*cells, _count(row.branches), *map(_count, row.rivals)])
+    return [(header, rows)]
+
+
+def findings(result: RideResult) -> list[str]:
+    """What the figures say."""
+    ride, archive = result.found(None), result.archive
+    lines = [
+        f"{result.study.title}: {_solutions(ride)} at the ends of {len(archive.branches)} branches from"
+        f" {len(archive.bifurcations)} places, {result.study.gradients(archive):,} gradient evaluations."
+    ]
+    per_start = result.most_from_one_start()
+    if len(per_start) > 1:
+        several = sum(count > 1 for count in per_start)
+        lines.append(f"From one start: two or more solutions in {several} of {len(per_start)} starts.")
+    for number, end in enumerate(result.ends):
+        lines.append(
+            f"{end.name[0].upper()}{end.name[1:]}: {_solutions(result.found(number))} in {len(end.states)} descents of"
+            f" {end.gradients // max(1, len(end.states)):,} steps."
+        )
+    failed = sum(branch.status.failed for branch in archive.branches)
+    if failed:
+        lines.append(f"{failed} branches left the bounds or overflowed and have no end.")
+    return lines
+
+
+def _count(number: int) -> str:
+    return str(number) if number else "-"
+
+
+def _solutions(number: int) -> str:
+    return "1 solution" if number == 1 else f"{number} solutions"

@@ -1,0 +1,112 @@
+r"""Features of a network: each ridge of its saddle leads to a solution that looks at another one.
+
+The network is :math:`f(x) = v \cdot \mathrm{softplus}(W x + b) + c` on `shapes_data`. At W = 0, b = 0, all
+:math:`v_j = v` and c so that f = 0 all hidden units are alike and nothing tells the classes apart: the point that keeps
+most symmetries. Its gradient vanishes, because the classes are equally frequent and have the same mean, and
+the Hessian there is, for each unit's row of W,
+
+.. math:: -\tfrac{v}{16} \left( \mathbb{E}[x x^\top \mid 1] - \mathbb{E}[x x^\top \mid 0] \right),
+
+which has no entries between channels. So each of its negative eigenvalues belongs to the shape of class 1 in one
+channel, once for each unit, the steepest to the channel of most contrast. Descent from anywhere near falls into that
+one.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from .shapes_data import FEATURES, SIDE, Pictures, pictures
+
+#: Weights of the hidden units at the saddle.
+VALUE = 0.5
+#: A feature is used where it alone classifies this share of pictures; three used alike classify 75 % each.
+USED = 0.65
+_HELD_OUT = 1024
+#: The seeds of pictures that are held out, away from those to train on.
+_HELD_OUT_SEED = 0x9E3779B9
+
+
+class ShapesNetwork(nn.Module):
+    """One hidden layer of softplus units, in float64, at the saddle."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(len(FEATURES) * SIDE**2, width, dtype=torch.float64)
+        self.output = nn.Linear(width, 1, dtype=torch.float64)
+        with torch.no_grad():
+            self.hidden.weight.zero_()
+            self.hidden.bias.zero_()
+            self.output.weight.fill_(VALUE)
+            self.output.bias.fill_(-width * VALUE * math.log(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of class 1, (N,)."""
+        logits: Tensor = self.output(nn.functional.softplus(self.hidden(x))).squeeze(-1)
+        return logits
+
+
+class ShapesGame:
+    """Training the network, as a game of one player."""
+
+    def __init__(self, width: int, data: Pictures) -> None:
+        self.players = [ShapesNetwork(width)]
+        self._data = data
+
+    def losses(self, players: Sequence[nn.Module]) -> tuple[Tensor]:
+        """The cross-entropy on all training pictures."""
+        return (binary_cross_entropy_with_logits(players[0](self._data.x), self._data.y.double()),)
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a network classifies pictures that are held out, for each feature: shares of right answers, [3] each.
+
+    ``alone``: only this feature tells the class and the others are drawn by chance. ``without``: only this one is.
+    ``accuracy``: all tell.
+    """
+
+    accuracy: float
+    alone: Tensor
+    without: Tensor
+
+    @property
+    def used(self) -> Tensor:
+        """Which features the network uses, 0.0 or 1.0, [3]."""
+        return (self.alone >= USED).double()
+
+
+class HeldOut:
+    """Pictures that are held out, with the features ablated in all ways that `Use` has."""
+
+    def __init__(self, seed: int) -> None:
+        seed = (seed + _HELD_OUT_SEED) % 2**32
+        self._all = pictures(_HELD_OUT, seed)
+        self._alone = [pictures(_HELD_OUT, seed, telling=[f]) for f in FEATURES]
+        self._without = [pictures(_HELD_OUT, seed, telling=[g for g in FEATURES if g != f]) for f in FEATURES]
+
+    def use(self, network: nn.Module) -> Use:
+        """What ``network`` makes of them."""
+        alone, without = (
+            torch.tensor([_accuracy(network, data) for data in sets], dtype=torch.float64)
+            for sets in (self._alone, self._without)
+        )
+        return Use(_accuracy(network, self._all), alone, without)
+
+
+def name_of(used: Tensor) -> str:
+    """The features used, by name.
+
+    >>> name_of(torch.tensor([1.0, 0.0, 1.0])), name_of(torch.zeros(3))
+    ('red + blue', 'none')
+    """
+    return " + ".join(f for f, u in zip(FEATURES, used.tolist(), strict=True) if u) or "none"
+
+
+def _accuracy(network: nn.Module, data: Pictures) -> float:
+    with torch.no_grad():
+        return float(((network(data.x) > 0) == (data.y == 1)).double().mean())

@@ -1,0 +1,15 @@
+"""Which study a game has."""
+
+from .config import TOY_GAMES, RideConfig
+from .gan import gan_study
+from .study import Study
+from .toy import toy_study
+
+
+def make_study(config: RideConfig) -> Study:
+    """The study of a configuration that is resolved."""
+    if config.game in TOY_GAMES:
+        return toy_study(config)
+    if config.game == "gan":
+        return gan_study(config)
+    raise NotImplementedError(config.game)

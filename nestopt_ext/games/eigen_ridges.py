@@ -1,0 +1,88 @@
+"""Ridge Rider: branches along eigenvectors of negative curvature, which are followed as they turn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..optim._arguments import check_real
+from ._linearized import Step, check_step
+from .spectrum import _check_count
+
+_CALLER = "EigenRidges"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EigenRidges:
+    r"""Ridge Rider as a method of :func:`ridge_rider`, whose problem is then a loss or a game.
+
+    The ridges of a point are the eigenvectors e of the Hessian whose eigenvalue :math:`\lambda` is negative, in both
+    directions. A ride repeats :math:`w \leftarrow w + \text{step} \cdot e`, and takes for the next (:math:`\lambda`, e)
+    the eigenpair of the Hessian at w that overlaps most with e, its sign kept, until :math:`\lambda \ge 0`, or the
+    overlap is below ``min_overlap``, or ``max_steps`` are taken. Where curvature is negative still, the ridges of that
+    point are the next branches; elsewhere the ride has found a solution, which ``finish`` leads to its very bottom.
+    Begin at a saddle that keeps as many of the problem's symmetries as may be.
+
+    For a game of several players the Hessian is the Jacobian J of the simultaneous gradient, and negative means a
+    negative real part. A complex pair :math:`u \pm i q` has two ridges, u and what q has beside u; its plane is
+    followed as one, with its basis turned as little as may be.
+
+    Args:
+        step: length of a step along the ridge, > 0.
+        max_steps: steps of one ride along a ridge.
+        num_directions: the most ridges of a point, those of most negative curvature. None is all, for which a problem
+            may have up to 64 parameters.
+        min_curvature: :math:`\lambda < -` this makes a ridge.
+        min_overlap: in (0, 1], below which the ridge is lost: the cosine of the angle between e and the eigenspace, of
+            equal eigenvalues, where it is found again. For planes see :func:`track`.
+        repeated: "one" rides one ridge of each group of equal eigenvalues, which symmetries cause; "all" rides the
+            orthonormal ones that the decomposition gives, whose directions within the group are arbitrary.
+        finish: a learning rate for gradient descent, or a map of parameters [N, P], such as ``sgd_map(game, lr)``; None
+            to leave solutions where the ride ends. An end that turns out to be a saddle is branched at.
+        finish_steps: the most steps of it.
+        tolerance: it has converged when a step is not longer than this.
+        num_products: beyond 64 parameters, Hessian-vector products for each step of a ride.
+
+    Up to 64 parameters, Hessians are formed and decomposed, those of all branches at once. Beyond, products alone are
+    taken: ridges are found by Arnoldi's method (:func:`spectrum`), and followed by a Rayleigh-Ritz approximation from
+    the Krylov space of ``num_products`` vectors that begins at e.
+
+    Raises TypeError or ValueError for bad arguments.
+
+    Source: Parker-Holder et al., Ridge Rider: finding diverse solutions by following eigenvectors of the Hessian
+    (2020). Theirs follows a ridge in large problems by descent on :math:`|H e / \lambda - e|^2` in e and
+    :math:`\lambda`. The group of equal eigenvalues as one space, games, complex pairs and the second look at finished
+    points are ours.
+    """
+
+    step: float = 0.01
+    max_steps: int = 1000
+    num_directions: int | None = None
+    min_curvature: float = 1e-6
+    min_overlap: float = 0.5
+    repeated: Literal["one", "all"] = "one"
+    finish: float | Step | None = None
+    finish_steps: int = 1000
+    tolerance: float = 1e-8
+    num_products: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "finish_steps"):
+            _check_count(_CALLER, name, getattr(self, name), 1)
+        _check_count(_CALLER, "num_products", self.num_products, 2)
+        if self.num_directions is not None:
+            _check_count(_CALLER, "num_directions", self.num_directions, 1)
+        for name in ("step", "min_curvature", "min_overlap", "tolerance"):
+            check_real(_CALLER, name, getattr(self, name), minimum=0.0)
+        if self.step == 0:
+            raise ValueError(f"{_CALLER}: step must be > 0; got {self.step}.")
+        if not 0 < self.min_overlap <= 1:
+            raise ValueError(f"{_CALLER}: min_overlap must be in (0, 1]; got {self.min_overlap}.")
+        if self.repeated not in ("one", "all"):
+            raise ValueError(f"{_CALLER}: repeated must be one or all; got {self.repeated!r}.")
+        if self.finish is not None and not callable(self.finish):
+            check_real(_CALLER, "finish", self.finish)
+            if self.finish <= 0:
+                raise ValueError(f"{_CALLER}: finish must be > 0 for a learning rate; got {self.finish}.")
+        elif self.finish is not None:
+            check_step(_CALLER, self.finish)

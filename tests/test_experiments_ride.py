@@ -1,0 +1,218 @@
+"""Rides: what is found beside what descents find, figures against the theory, stopping, continuing, pictures."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from nestopt_ext._checkpoint import CheckpointError
+from nestopt_ext.experiments.config import ConfigError
+from nestopt_ext.experiments.ride import RideConfig, pictures, report, ride
+from nestopt_ext.experiments.ride.config import GAMES
+from nestopt_ext.experiments.ride.gan import gan_study
+from nestopt_ext.experiments.ride.results import Ends, RideResult
+from nestopt_ext.experiments.ride.run import num_pieces
+from nestopt_ext.experiments.ride.studies import make_study
+from nestopt_ext.experiments.tune import Interrupted
+
+DILEMMA = RideConfig("small-ipd", starts=3, spread=1.0, lr=5.0, ascent_steps=10, branch_sizes=(2.0,), steps=150)
+GAN = RideConfig("gan", width=3, modes=3, exponent_steps=2, ascent_steps=1, directions=2, branch_sizes=(0.5,), steps=4)
+
+
+@pytest.fixture(scope="module")
+def dilemma():
+    return ride(DILEMMA)
+
+
+class Watch:
+    """Counts what it is told, and asks to stop after so many pieces."""
+
+    def __init__(self, last=math.inf):
+        self.last, self.pieces, self.stages = last, 0, []
+
+    def stage(self, label):
+        self.stages.append(label)
+
+    def advance(self, steps, note=""):
+        self.pieces += steps
+
+    def stop(self):
+        return self.pieces >= self.last
+
+
+def test_ride_finds_both_solutions_of_the_dilemma(dilemma):
+    assert {row.name for row in dilemma.rows if row.branches} == {"tit-for-tat", "defection"}
+    assert max(dilemma.most_from_one_start()) == 2
+    assert sum(row.branches for row in dilemma.rows) == len(dilemma.archive.branches)
+    # Plain descent has one end for each start.
+    assert dilemma.ends[0].name == "gradient descent, same starts"
+    assert sum(row.rivals[0] for row in dilemma.rows) == 3
+
+
+def test_solutions_are_told_apart_alike_for_rides_and_rivals(dilemma):
+    study, archive = dilemma.study, dilemma.archive
+    known = archive.solutions[0].key
+    keys = torch.stack([known, known + 0.05, known + 5, known + 5.01, torch.full_like(known, math.nan)])
+    ends = Ends("rival", 5, torch.zeros(5, 2), keys)
+    rows = RideResult(DILEMMA.resolved(), study, archive, (ends,)).rows
+    counts = {row.name: row.rivals[0] for row in rows}
+    assert counts[study.label(known)] == 2
+    assert [row.rivals[0] for row in rows if not row.branches] == [2]  # the one that overflowed is nowhere
+
+
+def test_rivals_get_the_gradients_of_the_ride(dilemma):
+    spent = dilemma.study.gradients(dilemma.archive)
+    for end in dilemma.ends[1:]:
+        assert spent - 150 < end.gradients <= spent
+
+
+@pytest.mark.parametrize("game", GAMES)
+def test_every_game_has_a_study(game):
+    config = RideConfig(game).resolved()
+    study = make_study(config)
+    state = study.step.start(study.starts)
+    key = study.key(state)
+    assert key.shape[0] == len(study.starts) and bool(key.isfinite().all())
+    assert study.label(key[0]) and len(study.row(key[0])) == len(study.header)
+    assert len({rival.name for rival in study.rivals}) == len(study.rivals)
+
+
+@pytest.mark.parametrize(
+    ("losses", "game", "name"),
+    [
+        ((1.01, 1.0), "small-ipd", "tit-for-tat"),
+        ((1.96, 1.95), "small-ipd", "defection"),
+        ((1.4, 1.38), "mix", "spiral"),
+        ((0.01, 0.0), "matching-pennies", "even odds"),
+        ((1.3, 2.0), "small-ipd", "(1.30, 2.00)"),
+    ],
+)
+def test_solutions_are_named_by_their_losses(losses, game, name):
+    assert make_study(RideConfig(game).resolved()).label(torch.tensor(losses, dtype=torch.float64)) == name
+
+
+def test_gan_covers_what_its_points_cover():
+    study = gan_study(GAN.resolved())
+    start = study.step.start()
+    # A generator that ignores its noise puts all points where its last bias is.
+    state = torch.zeros_like(start)
+    generator = study.step.players(state)[0]
+    generator[-1][0] = torch.tensor([1.0, 0.0])  # a view of the state: the place of the first mode
+    assert study.key(state).tolist() == [[1.0, 0.0, 0.0]]
+    assert study.label(study.key(state)[0]) == "1"
+    assert study.key(torch.full_like(start, math.nan)).tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_gan_rides_from_one_start():
+    result = ride(GAN)
+    assert len(result.archive.branches) == 4 and len(result.archive.starts) == 1
+    assert result.ends[0].name == "gradient descent, same start" and len(result.ends[0].states) == 1
+    plain = result.study.step.start()
+    for _ in range(4):
+        plain = result.study.step(plain)
+    torch.testing.assert_close(result.ends[0].states, plain)
+
+
+# ---- stopping and continuing ----------------------------------------------------------------------------------------
+
+
+def same(a: RideResult, b: RideResult) -> bool:
+    rows = [[(r.name, r.key.tolist(), r.starts, r.branches, r.rivals) for r in result.rows] for result in (a, b)]
+    ends = [[branch.end.tolist() for branch in result.archive.branches] for result in (a, b)]
+    return rows[0] == rows[1] and ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("last", [1, 100, 160])
+def test_interrupted_run_continues_to_the_same_numbers(dilemma, tmp_path, last):
+    watch = Watch(last)
+    with pytest.raises(Interrupted):
+        ride(DILEMMA, tmp_path, should_stop=watch.stop, progress=watch)
+    assert same(ride(DILEMMA, tmp_path, resume=True), dilemma)
+
+
+def test_run_that_is_over_is_resumed_from_its_archive(dilemma, tmp_path):
+    ride(DILEMMA, tmp_path)
+    log = (tmp_path / "log.jsonl").read_bytes()
+    assert same(ride(DILEMMA, tmp_path, resume=True), dilemma)
+    assert (tmp_path / "log.jsonl").read_bytes() == log
+
+
+def test_progress_tells_of_every_piece(tmp_path):
+    watch = Watch()
+    ride(DILEMMA, progress=watch)
+    assert watch.pieces == num_pieces(DILEMMA) and watch.stages[0] == "ride"
+
+
+def test_log_tells_what_the_table_tells(dilemma, tmp_path):
+    ride(DILEMMA, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["event"] == "config" and lines[0]["game"] == "small-ipd"
+    rows = [line for line in lines if line["event"] == "row"]
+    assert [(row["name"], row["branches"]) for row in rows] == [(row.name, row.branches) for row in dilemma.rows]
+    assert [line["text"] for line in lines if line["event"] == "finding"] == report.findings(dilemma)
+
+
+def test_checkpoint_of_another_run_is_refused(tmp_path):
+    ride(DILEMMA, tmp_path)
+    with pytest.raises(CheckpointError, match="is not that of such a run"):
+        ride(dataclasses.replace(DILEMMA, seed=1), tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match="is there already"):
+        ride(DILEMMA, tmp_path)
+    with pytest.raises(CheckpointError, match="output must be given"):
+        ride(DILEMMA, resume=True)
+    (tmp_path / "checkpoint.pt").write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError, match="damaged"):
+        ride(DILEMMA, tmp_path, resume=True)
+
+
+# ---- configuration, table, pictures ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("choices", "part"),
+    [
+        ({"game": "chess"}, "--game must be one of"),
+        ({"steps": 0}, "--steps must be"),
+        ({"lr": math.inf}, "--lr must be"),
+        ({"lr": 0.0}, "--lr must be > 0"),
+        ({"starts": 10**6}, "--starts must be <= 10000"),
+        ({"branch_sizes": ()}, "--branch-sizes must be"),
+        ({"branch_sizes": (1.0, 1.0)}, "--branch-sizes must name every number once"),
+        ({"branch_sizes": (-1.0,)}, "--branch-sizes must be > 0"),
+        ({"optimizer": "adam"}, "--optimizer must be one of"),
+        ({"tau": 0.5}, "--tau is no option of --game small-ipd"),
+        ({"game": "mix", "tau": 1.5}, "--tau must be from 0 to 1"),
+        ({"seed": 2**32}, "--seed must be below"),
+    ],
+)
+def test_choice_out_of_range_is_told_in_a_line_that_names_the_option(choices, part):
+    with pytest.raises(ConfigError) as caught:
+        RideConfig(**choices).resolved()
+    assert part in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("game", GAMES)
+def test_configuration_survives_its_file(game, tmp_path):
+    config = RideConfig(game).resolved()
+    assert RideConfig.from_json(config.to_json(), tmp_path) == config == config.resolved()
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"experiment": "ride"}', "[1]"])
+def test_other_text_is_no_configuration(text, tmp_path):
+    with pytest.raises(ConfigError, match="is not the configuration of a run of ride"):
+        RideConfig.from_json(text, tmp_path)
+
+
+def test_table_has_a_row_for_each_solution_and_a_column_for_each_rival(dilemma):
+    ((header, rows),) = report.tables(dilemma)
+    assert [row[0] for row in rows] == [row.name for row in dilemma.rows]
+    assert all(len(row) == len(header) for row in rows)
+    assert len(header) == 4 + len(dilemma.ends)
+
+
+def test_pictures_are_drawn(dilemma, tmp_path):
+    pytest.importorskip("matplotlib")
+    pictures.save_pictures(tmp_path, dilemma)
+    assert {path.name for path in tmp_path.iterdir()} == {"portrait.png", "tree.png"}
