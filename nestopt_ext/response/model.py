@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ._layer import StnLayer
 from ._linearized import linearized_call, without_fast_paths
 from ._report import ConversionReport
-from ._sample import Sample, current_sample, using
+from ._sample import Sample, current_sample, using_sample
 from .export import exported
 from .hyper_parameters import HyperParameters
 
@@ -111,7 +111,7 @@ class StnModel(nn.Module):
                 " Make the model with to_delta_stn, or StnModel(..., centred=True)."
             )
         gate_input = h - self.hparams.unconstrained.detach() if self.centred else h
-        with using(Sample(gate_input, self.hparams.natural(h.detach()), linearized, self.hparams)) as sample:
+        with using_sample(Sample(gate_input, self.hparams.natural(h.detach()), linearized, self.hparams)) as sample:
             yield sample
 
     @contextlib.contextmanager
@@ -122,7 +122,7 @@ class StnModel(nn.Module):
         """
         h0 = self.hparams.unconstrained.detach().unsqueeze(0)
         gate_input = None if self.centred else h0
-        with using(Sample(gate_input, self.hparams.natural(h0), hparams=self.hparams)) as sample:
+        with using_sample(Sample(gate_input, self.hparams.natural(h0), hparams=self.hparams)) as sample:
             yield sample
 
     @contextlib.contextmanager
