@@ -41,7 +41,7 @@ ROOMS = {
     "solvers": FOUNDATION,  # never curvature: a solver sees only a matvec
     "hypergrad": FOUNDATION | {"solvers", "curvature", *LOOPS},
     "response": FOUNDATION | {"hypergrad", "optim", "curvature", *LOOPS},
-    "games": FOUNDATION | {"hypergrad", "optim", "curvature", "_progress"},
+    "games": FOUNDATION | {"hypergrad", "optim", "curvature", *LOOPS},
     "_progress": set(),
     "_checkpoint": set(),
     "_json_log": set(),
@@ -53,6 +53,7 @@ REQUIRED = {"torch", "numpy"}
 EXTRAS = {
     "_progress": {"tqdm"},
     "response": {"matplotlib"},
+    "games": {"matplotlib"},
     "experiments": {"matplotlib", "optuna", "rich", "sklearn", "tqdm", "PIL"},
 }
 
