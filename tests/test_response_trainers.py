@@ -2,6 +2,7 @@
 
 import json
 import signal
+import warnings
 
 import pytest
 import torch
@@ -410,6 +411,20 @@ def test_schedulers_step_once_an_epoch():
     trainer.fit(3)
     rates = [o.param_groups[0]["lr"] for o in trainer.optimizers.values()]
     assert rates == pytest.approx([LR / 8, LR / 8, LR / 1000])
+
+
+def test_schedulers_step_in_silence_where_the_warm_up_or_a_resumed_run_took_no_step(tmp_path):
+    def step_lr(optimizer):
+        return torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+
+    parts = make(True, hyper_scheduler=step_lr, scheduler=step_lr, warmup_epochs=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        parts.fit(1, output=tmp_path, should_stop=After(3))  # all batches, and not the end of the epoch
+        parts = make(True, hyper_scheduler=step_lr, scheduler=step_lr, warmup_epochs=2)
+        parts.fit(1, output=tmp_path, resume=True)
+    rates = [o.param_groups[0]["lr"] for o in parts.optimizers.values()]
+    assert rates == pytest.approx([LR / 2, LR / 2, LR / 2]) and parts.step_count == 3
 
 
 # ---- all of it together ----------------------------------------------------------------------------------------------

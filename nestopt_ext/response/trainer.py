@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -323,12 +324,18 @@ class ResponseTrainer:
         if self.best is None or record.valid_loss < self.best.valid_loss:
             self.best = record
             self.best_state = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), dict(self.model.state_dict()))
-        for scheduler in self.schedulers:
-            if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-                scheduler.step(record.valid_loss)
-            else:
-                scheduler.step()
+        self._step_schedulers(record.valid_loss)
         return record
+
+    def _step_schedulers(self, valid_loss: float) -> None:
+        with warnings.catch_warnings():
+            # The hyper optimizer rests during the warm-up, and any does where a run goes on at the end of an epoch.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            for scheduler in self.schedulers:
+                if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                    scheduler.step(valid_loss)
+                else:
+                    scheduler.step()
 
     def _record(self) -> EpochRecord:
         row = self.model.hparams.record(self.step_count)
