@@ -2,6 +2,7 @@
 
 import json
 import signal
+import warnings
 
 import pytest
 import torch
@@ -412,6 +413,20 @@ def test_schedulers_step_once_an_epoch():
     assert rates == pytest.approx([LR / 8, LR / 8, LR / 1000])
 
 
+def test_schedulers_step_in_silence_where_the_warm_up_or_a_resumed_run_took_no_step(tmp_path):
+    def step_lr(optimizer):
+        return torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+
+    parts = make(True, hyper_scheduler=step_lr, scheduler=step_lr, warmup_epochs=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        parts.fit(1, output=tmp_path, should_stop=After(3))  # all batches, and not the end of the epoch
+        parts = make(True, hyper_scheduler=step_lr, scheduler=step_lr, warmup_epochs=2)
+        parts.fit(1, output=tmp_path, resume=True)
+    rates = [o.param_groups[0]["lr"] for o in parts.optimizers.values()]
+    assert rates == pytest.approx([LR / 2, LR / 2, LR / 2]) and parts.step_count == 3
+
+
 # ---- all of it together ----------------------------------------------------------------------------------------------
 
 
@@ -726,7 +741,7 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_c
 
 ITERATOR = iter([data()])
 BAD = {
-    "no model": ({"model": nn.Linear(2, 2)}, TypeError, "model must be a StnModel; got Linear. Make one by to_stn"),
+    "no model": ({"model": nn.Linear(2, 2)}, TypeError, "model must be a StnModel; got Linear. .* to_delta_stn"),
     "not centred": ({"model": network(False)}, ValueError, "model must be centred; got centred=False. .* to_delta_stn"),
     "criterion": ({"criterion": 3}, TypeError, "criterion must be callable; got int"),
     "augment": ({"augment": 3}, TypeError, "augment must be callable; got int"),
@@ -775,6 +790,8 @@ def test_bad_batches_and_losses():
     trainer._criterion = lambda o, t: F.cross_entropy(o, t, reduction="none")
     with pytest.raises(TypeError, match=r"criterion must return a scalar Tensor, a mean loss; got shape \(6,\)"):
         trainer.train_step((x, y))
+    with pytest.raises(TypeError, match=r"metrics\['share'\] must return a scalar Tensor, .* got float"):
+        make(True, metrics={"share": lambda o, t: 0.5}).evaluate([(x, y)])
     trainer._criterion = lambda o, t: o.detach().mean()
     with pytest.raises(ValueError, match="the training loss must depend on what it trains"):
         trainer.train_step((x, y))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -323,12 +324,18 @@ class ResponseTrainer:
         if self.best is None or record.valid_loss < self.best.valid_loss:
             self.best = record
             self.best_state = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), dict(self.model.state_dict()))
-        for scheduler in self.schedulers:
-            if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-                scheduler.step(record.valid_loss)
-            else:
-                scheduler.step()
+        self._step_schedulers(record.valid_loss)
         return record
+
+    def _step_schedulers(self, valid_loss: float) -> None:
+        with warnings.catch_warnings():
+            # The hyper optimizer rests during the warm-up, and any does where a run goes on at the end of an epoch.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            for scheduler in self.schedulers:
+                if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                    scheduler.step(valid_loss)
+                else:
+                    scheduler.step()
 
     def _record(self) -> EpochRecord:
         row = self.model.hparams.record(self.step_count)
@@ -358,10 +365,11 @@ class ResponseTrainer:
                 for batch in batches:
                     outputs, targets, carry = self._outputs(self._on_device(batch), carry)
                     size = targets.numel() if isinstance(targets, Tensor) else self._batch_size(batch)
-                    found = {"loss": self._valid_criterion(outputs, targets)}
-                    found |= {name: metric(outputs, targets) for name, metric in self._metrics.items()}
+                    found = {"loss": self._checked(self._valid_criterion(outputs, targets), "valid_criterion")}
+                    for name, metric in self._metrics.items():
+                        found[name] = self._checked(metric(outputs, targets), f"metrics[{name!r}]")
                     for name, value in found.items():
-                        term = self._checked(value, name).double() * size
+                        term = value.double() * size
                         sums[name] = sums[name] + term if name in sums else term
                     weight += size
         finally:
