@@ -12,10 +12,15 @@ from nestopt_ext.experiments.config import ConfigError
 from nestopt_ext.experiments.ride import RideConfig, pictures, report, ride
 from nestopt_ext.experiments.ride.config import GAMES
 from nestopt_ext.experiments.ride.gan import gan_study
+from nestopt_ext.experiments.ride.polynomial import COUPLING, Polynomial
 from nestopt_ext.experiments.ride.results import Ends, RideResult
 from nestopt_ext.experiments.ride.run import num_pieces
+from nestopt_ext.experiments.ride.shapes import USED, VALUE, HeldOut, ShapesGame, name_of, network
+from nestopt_ext.experiments.ride.shapes_data import pictures as draw_pictures
+from nestopt_ext.experiments.ride.shapes_data import templates
 from nestopt_ext.experiments.ride.studies import make_study
 from nestopt_ext.experiments.tune import Interrupted
+from nestopt_ext.games import map_jacobian, sgd_map
 
 DILEMMA = RideConfig("small-ipd", starts=3, spread=1.0, lr=5.0, ascent_steps=10, branch_sizes=(2.0,), steps=150)
 GAN = RideConfig("gan", width=3, modes=3, exponent_steps=2, ascent_steps=1, directions=2, branch_sizes=(0.5,), steps=4)
@@ -24,6 +29,11 @@ GAN = RideConfig("gan", width=3, modes=3, exponent_steps=2, ascent_steps=1, dire
 @pytest.fixture(scope="module")
 def dilemma():
     return ride(DILEMMA)
+
+
+@pytest.fixture(scope="module")
+def features():
+    return ride(RideConfig("shapes", images=32, width=2, steps=40))
 
 
 class Watch:
@@ -91,6 +101,72 @@ def test_every_game_has_a_study(game):
 )
 def test_solutions_are_named_by_their_losses(losses, game, name):
     assert make_study(RideConfig(game).resolved()).label(torch.tensor(losses, dtype=torch.float64)) == name
+
+
+def test_ridges_of_the_polynomial_lead_to_every_minimum_and_noise_to_fewer():
+    result = ride(RideConfig("polynomial", dim=3, steps=150))
+    assert result.found(None) == 6 and all(row.name.startswith("valley") for row in result.rows if row.branches)
+    names = [end.name for end in result.ends]
+    assert 0 < result.found(names.index("noise at the saddle")) < 6
+
+
+def test_polynomial_has_the_minima_and_the_saddle_that_it_says():
+    game = Polynomial(4, seed=3)
+    hessian = torch.autograd.functional.hessian(lambda w: game.losses([w[None]])[0].sum(), game.players[0][0].detach())
+    torch.testing.assert_close(game.rotation.T @ hessian @ game.rotation, -torch.diag(game.curvatures))
+    for number, minimum in enumerate(game.minima()):
+        w = minimum.clone().requires_grad_()
+        gradient = torch.autograd.grad(game.losses([w[None]])[0].sum(), w)[0]
+        assert float(gradient.norm()) < 1e-12
+        hessian = torch.autograd.functional.hessian(lambda w: game.losses([w[None]])[0].sum(), minimum)
+        a = game.curvatures[number % 4]
+        expected = torch.cat([2 * a[None], (COUPLING * a - game.curvatures)[torch.arange(4) != number % 4]])
+        torch.testing.assert_close(torch.linalg.eigvalsh(hessian), expected.sort().values)
+
+
+# ---- features of a network ------------------------------------------------------------------------------------------
+
+
+def test_pictures_tell_the_class_by_products_of_pixels_alone():
+    data = draw_pictures(64, seed=0)
+    assert data.x.shape == (64, 192) and data.y.sum() == 32
+    for label in (0, 1):
+        assert float(data.x[data.y == label].mean(0).abs().max()) < 1e-12
+    moments = data.x.T @ data.x / 64
+    assert float(moments[:64, 64:].abs().max()) < 1e-12  # no channel says anything of another one
+    broken = draw_pictures(64, seed=0, telling=["red"])
+    assert torch.equal(broken.y, data.y) and torch.allclose(broken.x[:, :64].abs(), data.x[:, :64].abs())
+    assert not torch.allclose(broken.x[:, 64:].abs(), data.x[:, 64:].abs())
+
+
+def test_saddle_of_the_network_has_the_hessian_of_its_documentation():
+    width, data = 3, draw_pictures(64, seed=0)
+    game = ShapesGame(width, data)
+    step = sgd_map(game, 1.0)
+    saddle = step.start()
+    assert float((step(saddle) - saddle).norm()) < 1e-12
+    hessian = torch.eye(saddle.shape[1]) - map_jacobian(step, saddle).dense()[0]
+    first, second = (data.x[data.y == label].T @ data.x[data.y == label] / 32 for label in (0, 1))
+    units, ones = torch.eye(width, dtype=torch.float64), torch.ones(width, width, dtype=torch.float64)
+    expected = torch.kron(-VALUE / 16 * units, second - first) + torch.kron(VALUE**2 / 16 * ones, (first + second) / 2)
+    torch.testing.assert_close(hessian[: 192 * width, : 192 * width], expected)
+
+
+def test_features_are_found_by_ablation():
+    held_out = HeldOut(seed=0)
+    state = torch.zeros(192 * 2 + 2 + 2 + 1, dtype=torch.float64)
+    green = templates()[1]
+    state[64:128], state[192 + 64 : 192 + 128] = 3 * green[1].flatten(), -3 * green[1].flatten()
+    state[-3:-1], state[-1] = 1.0, -7.0  # softplus(u) + softplus(-u) is about |u|, 10.8 or, in class 0, 3.9
+    use = held_out.use(network(2, state))
+    assert use.accuracy > 0.95 and use.alone[1] > 0.95 and use.without[1] < 0.6
+    assert name_of(use.alone >= USED) == "green" and float(use.without[[0, 2]].min()) > 0.95
+
+
+def test_ridges_of_the_network_lead_to_different_features(features):
+    result = features
+    assert {row.name for row in result.rows if row.branches} == {"red", "green", "blue"}
+    assert [float(s.key.max()) > 0.9 for s in result.archive.solutions] == [True] * 3
 
 
 def test_gan_covers_what_its_points_cover():
@@ -216,3 +292,10 @@ def test_pictures_are_drawn(dilemma, tmp_path):
     pytest.importorskip("matplotlib")
     pictures.save_pictures(tmp_path, dilemma)
     assert {path.name for path in tmp_path.iterdir()} == {"portrait.png", "tree.png"}
+
+
+@pytest.mark.parametrize("game", ["gan", "shapes"])
+def test_pictures_of_solutions_are_drawn(game, tmp_path, features):
+    pytest.importorskip("matplotlib")
+    pictures.save_pictures(tmp_path, features if game == "shapes" else ride(GAN))
+    assert {path.name for path in tmp_path.iterdir()} == {"solutions.png", "tree.png"}

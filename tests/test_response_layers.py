@@ -14,8 +14,7 @@ from torch.func import functional_call, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nestopt_ext import response
-from nestopt_ext.response import HyperParameters, StnModel
-from nestopt_ext.response._sample import Sample, using
+from nestopt_ext.response import HyperParameters, Sample, StnModel, using_sample
 
 N = 3  # hyperparameters
 B = 4  # examples
@@ -124,7 +123,7 @@ def test_a_vector_is_one_row_and_the_sample_is_as_good_as_the_argument(case):
     layer, x = make(case)
     h = torch.randn(B, N, dtype=x.dtype)
     torch.testing.assert_close(layer(x, h[0]), layer(x, h[:1]), rtol=0, atol=0)
-    with using(Sample(h, {})):
+    with using_sample(Sample(h, {})):
         torch.testing.assert_close(layer(x), layer(x, h), rtol=0, atol=0)
         torch.testing.assert_close(layer(x, h[:1]), layer(x, h[0]), rtol=0, atol=0)  # the argument goes first
 
@@ -139,7 +138,7 @@ def test_without_a_response_it_is_the_plain_layer(case, prefix):
     torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=0)
     for rows in (1, B):
         torch.testing.assert_close(layer(x, x.new_zeros(rows, N)), plain(x))
-    with using(Sample(None, {}, linearized=True)):
+    with using_sample(Sample(None, {}, linearized=True)):
         torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=0)
 
 
@@ -164,7 +163,7 @@ def test_linearized_is_the_jvp_in_input_and_gate_input(case, dtype, rows, moves)
     def at(h, x=x):
         return layer(x, h)
 
-    with forward_ad.dual_level(), using(Sample(h, {}, linearized=True)):
+    with forward_ad.dual_level(), using_sample(Sample(h, {}, linearized=True)):
         y = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, dx) if moves else x))
         found = with_gradients([y.primal, y.tangent], sources)
     zero = torch.zeros_like(h)
@@ -178,7 +177,7 @@ def test_linearized_is_the_jvp_in_input_and_gate_input(case, dtype, rows, moves)
 def test_without_gate_input_the_linearized_layer_still_carries_the_tangent_of_its_input(case):
     layer, x = make(case)
     dx = torch.randn_like(x)
-    with forward_ad.dual_level(), using(Sample(None, {}, linearized=True)):
+    with forward_ad.dual_level(), using_sample(Sample(None, {}, linearized=True)):
         y = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, dx)))
     torch.testing.assert_close((y.primal, y.tangent), jvp(layer, (x,), (dx,)))
 
@@ -195,7 +194,7 @@ def test_twice_differentiable(name, linearized):
         params = dict(zip(names, values, strict=True))
         if not linearized:
             return functional_call(layer, params, (x, h))
-        with forward_ad.dual_level(), using(Sample(h, {}, linearized=True)):
+        with forward_ad.dual_level(), using_sample(Sample(h, {}, linearized=True)):
             return sum(forward_ad.unpack_dual(functional_call(layer, params, (x,))))
 
     assert torch.autograd.gradcheck(call, (x, h, *values), check_forward_ad=not linearized, fast_mode=True)
@@ -242,7 +241,7 @@ def test_a_linearized_network_is_its_first_order_expansion_in_the_gate_input(net
     h = torch.randn(B, N, dtype=dtype)
 
     def at(shift):
-        with using(Sample(shift, {})):
+        with using_sample(Sample(shift, {})):
             return module(x)
 
     # torch's forward AD of batch norm takes mean and deviation for constants where the input needs a gradient.
@@ -278,7 +277,7 @@ def test_the_response_step_takes_five_products_a_layer_and_three_in_the_first(ne
     for name, parameter in module.named_parameters():
         parameter.requires_grad_("response" in name)
     with Products() as products:
-        with forward_ad.dual_level(), using(Sample(torch.randn(B, N, dtype=x.dtype), {}, linearized=True)):
+        with forward_ad.dual_level(), using_sample(Sample(torch.randn(B, N, dtype=x.dtype), {}, linearized=True)):
             primal, tangent = forward_ad.unpack_dual(module(x))
         assert not primal.requires_grad
         tangent.sum().backward()
@@ -333,7 +332,7 @@ def test_under_autocast_outputs_have_the_dtype_of_the_plain_layer(case):
         exact = layer(x, h)
         with torch.autocast("cpu", torch.bfloat16):
             y = layer(x, h)
-            with forward_ad.dual_level(), using(Sample(h, {}, linearized=True)):
+            with forward_ad.dual_level(), using_sample(Sample(h, {}, linearized=True)):
                 dual = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, dx)))
         assert y.dtype == dual.primal.dtype == dual.tangent.dtype == torch.bfloat16
         torch.testing.assert_close(y.float(), exact, rtol=0, atol=0.1 * exact.abs().max().item())
@@ -356,7 +355,7 @@ def test_one_example_without_a_dimension_for_it(name):
     h = torch.randn(N, dtype=x.dtype)
     torch.testing.assert_close(layer(x[0]), layer(x)[0])
     torch.testing.assert_close(layer(x[0], h), layer(x, h)[0])
-    with forward_ad.dual_level(), using(Sample(h[None], {}, linearized=True)):
+    with forward_ad.dual_level(), using_sample(Sample(h[None], {}, linearized=True)):
         y = forward_ad.unpack_dual(layer(x[0]))
     torch.testing.assert_close(y.tangent, layer(x[0], h) - layer(x[0]))
     with pytest.raises(ValueError, match=r"must have shape \(3,\), \(1, 3\); got \(4, 3\)"):
@@ -368,7 +367,7 @@ def test_one_word_without_a_dimension_for_examples():
         word, h = words[0, 0] if layer.batch_dim == 0 else words[:, 0], torch.randn(N, dtype=torch.float64)
         wanted = F.embedding(word, next(layer.responses()).at(h))
         torch.testing.assert_close(layer(word, h), wanted)
-        with forward_ad.dual_level(), using(Sample(h[None], {}, linearized=True)):
+        with forward_ad.dual_level(), using_sample(Sample(h[None], {}, linearized=True)):
             torch.testing.assert_close(sum(forward_ad.unpack_dual(layer(word))), wanted)
 
 
@@ -442,11 +441,11 @@ def test_the_linearized_embedding_is_its_jvp_in_the_gate_input():
     layer, x = embedding(prefix="DeltaStn", padding_idx=1)
     h = torch.randn(B, N, dtype=torch.float64, requires_grad=True)
     sources = [h, *layer.parameters()]
-    with forward_ad.dual_level(), using(Sample(h, {}, linearized=True)):
+    with forward_ad.dual_level(), using_sample(Sample(h, {}, linearized=True)):
         found = with_gradients(forward_ad.unpack_dual(layer(x)), sources)
     wanted = jvp(lambda h: layer(x, h), (torch.zeros_like(h),), (h,))
     assert_close(found, with_gradients(wanted, sources), torch.float64)
-    with forward_ad.dual_level(), using(Sample(None, {}, linearized=True)):
+    with forward_ad.dual_level(), using_sample(Sample(None, {}, linearized=True)):
         assert forward_ad.unpack_dual(layer(x)).tangent is None
 
 
@@ -471,7 +470,7 @@ def test_words_are_dropped_everywhere_from_both_tables_at_the_rate_of_the_exampl
     rates = torch.tensor([0.0, 0.25, 0.8])
     h = torch.randn(3, 1)
     whole = layer.eval()(x, h)
-    with using(Sample(h, {"rate": rates})):
+    with using_sample(Sample(h, {"rate": rates})):
         assert torch.equal(layer(x), whole)
         dropped = layer.train()(x)
     ratio = (dropped / whole).squeeze(-1).movedim(batch_dim, 0).unflatten(1, (2, 2000))
@@ -488,7 +487,7 @@ def test_the_linearized_embedding_drops_the_same_words_from_primal_and_tangent()
     layer, x = embedding(prefix="DeltaStn", word_dropout="rate")
     h = torch.randn(B, N, dtype=torch.float64)
     values = {"rate": torch.tensor([0.5], dtype=torch.float64)}
-    with forward_ad.dual_level(), using(Sample(h, values, linearized=True)):
+    with forward_ad.dual_level(), using_sample(Sample(h, values, linearized=True)):
         primal, tangent = forward_ad.unpack_dual(layer(x))
     dropped = primal == 0
     assert dropped.any() and not dropped.all() and torch.equal(dropped, tangent == 0)
@@ -496,7 +495,7 @@ def test_the_linearized_embedding_drops_the_same_words_from_primal_and_tangent()
 
 def test_a_rate_of_one_drops_all_words_and_a_rate_outside_shows():
     layer, x = embedding(word_dropout="rate")
-    with using(Sample(None, {"rate": torch.tensor([1.0, 0.0, 1.5, -0.5])})):
+    with using_sample(Sample(None, {"rate": torch.tensor([1.0, 0.0, 1.5, -0.5])})):
         y = layer(x)
     assert not y[0].any() and torch.equal(y[1], layer.eval()(x)[1]) and y[2:].isnan().all()
     assert layer(x[0]).shape == (5, D)
@@ -506,11 +505,11 @@ def test_words_of_an_embedding_need_a_rate_to_be_dropped():
     layer, x = embedding(word_dropout="rate")
     with pytest.raises(RuntimeError, match="StnEmbedding: must be called with a sample"):
         layer(x)
-    with using(Sample(None, {"other": torch.zeros(1)})), pytest.raises(KeyError, match="rate"):
+    with using_sample(Sample(None, {"other": torch.zeros(1)})), pytest.raises(KeyError, match="rate"):
         layer(x)
     for shape in ((1, 2), (B + 1,)):
         with (
-            using(Sample(None, {"rate": torch.zeros(shape)})),
+            using_sample(Sample(None, {"rate": torch.zeros(shape)})),
             pytest.raises(ValueError, match=r"'rate' must be one num"),
         ):
             layer(x)
@@ -556,7 +555,7 @@ def test_a_gate_input_of_a_wrong_shape_is_refused(shape):
 
 
 def _in_sample(layer, x, h):
-    with using(Sample(h, {})):
+    with using_sample(Sample(h, {})):
         return layer(x)
 
 

@@ -11,8 +11,7 @@ from torch import nn
 from torch.func import functional_call, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nestopt_ext.response import DeltaStnLSTM, StnLSTM
-from nestopt_ext.response._sample import Sample, using
+from nestopt_ext.response import DeltaStnLSTM, Sample, StnLSTM, using_sample
 from nestopt_ext.response.dropconnect import dropped_weight
 
 N, T, B, IN, H = 3, 4, 3, 3, 2
@@ -125,7 +124,7 @@ def test_without_a_response_it_is_the_plain_lstm(options, layer, fused):
         for rows in (1, B):
             assert_close(flat(lstm(x, hx, x.new_zeros(rows, N))), wanted)
         assert_close(flat(lstm(x, hx)), wanted)
-        with using(Sample(None, {}, linearized=True)):
+        with using_sample(Sample(None, {}, linearized=True)):
             assert_close(flat(lstm(x, hx)), wanted)
 
 
@@ -146,7 +145,7 @@ def test_linearized_is_the_jvp_in_input_state_and_gate_input(options, dtype, mov
         p = {**points, **dict(zip(along, values, strict=True))}
         return flat(lstm(p["x"], (p["h_0"], p["c_0"]), p["h"]))
 
-    with forward_ad.dual_level(), using(Sample(along.get("h"), {}, linearized=True)):
+    with forward_ad.dual_level(), using_sample(Sample(along.get("h"), {}, linearized=True)):
         given = {n: forward_ad.make_dual(p, along[n]) if n in along else p for n, p in points.items()}
         y = [forward_ad.unpack_dual(t) for t in flat(lstm(given["x"], (given["h_0"], given["c_0"])))]
         found = with_gradients([t.primal for t in y] + [t.tangent for t in y], sources)
@@ -171,7 +170,7 @@ def test_twice_differentiable(linearized):
         params = dict(zip(names, values, strict=True))
         if not linearized:
             return tuple(flat(functional_call(lstm, params, (x, (h_0, c_0), h))))
-        with forward_ad.dual_level(), using(Sample(h, {}, linearized=True)):
+        with forward_ad.dual_level(), using_sample(Sample(h, {}, linearized=True)):
             y = flat(functional_call(lstm, params, (x, (h_0, c_0))))
             return tuple(sum(forward_ad.unpack_dual(t)) for t in y)
 
@@ -192,7 +191,7 @@ def test_the_response_step_has_no_weight_gradients_inside_the_recurrence():
     for name, parameter in lstm.named_parameters():
         parameter.requires_grad_(name.startswith("response_"))
     with Products() as products:
-        with forward_ad.dual_level(), using(Sample(torch.randn(B, N, dtype=x.dtype), {}, linearized=True)):
+        with forward_ad.dual_level(), using_sample(Sample(torch.randn(B, N, dtype=x.dtype), {}, linearized=True)):
             primal, tangent = forward_ad.unpack_dual(lstm(x)[0])
         assert not primal.requires_grad
         tangent.sum().backward()
@@ -213,7 +212,7 @@ def seeded(call):
 def test_dropped_weights_are_those_of_a_plain_lstm_with_dropped_weights(options, fused):
     lstm, x, state = make(options, weight_dropout="rate", fused=fused)
     sample = Sample(torch.randn(1, N, dtype=x.dtype), {"rate": x.new_tensor([0.4])})
-    with using(sample):
+    with using_sample(sample):
         found = seeded(lambda: flat(lstm(x, state)))
     plain = nn.LSTM(IN, H, **options, dtype=x.dtype)
     at = {r.name: r.at(sample.gate_input[0]) for r in lstm.responses()}
@@ -222,7 +221,7 @@ def test_dropped_weights_are_those_of_a_plain_lstm_with_dropped_weights(options,
         at[name] = dropped_weight(at[name], p=torch.tensor(0.4, dtype=x.dtype))[0]
     assert_close(found, flat(functional_call(plain, at, (x, state))))
     lstm.eval()
-    with using(sample):
+    with using_sample(sample):
         assert_close(flat(lstm(x, state)), flat(lstm(x, state, sample.gate_input)))
 
 
@@ -232,12 +231,12 @@ def test_dropped_weights_are_the_same_for_each_example_and_in_the_linearization(
     values = {"rate": torch.full((B,), 0.5, dtype=x.dtype)}
 
     def at(h):
-        with using(Sample(h, values)):
+        with using_sample(Sample(h, values)):
             return seeded(lambda: lstm(x)[0])
 
     one_by_one = torch.cat([at(h_b[None])[:, [b]] for b, h_b in enumerate(h)], 1)
     assert_close([at(h)], [one_by_one])
-    with forward_ad.dual_level(), using(Sample(h, values, linearized=True)):
+    with forward_ad.dual_level(), using_sample(Sample(h, values, linearized=True)):
         y = forward_ad.unpack_dual(seeded(lambda: lstm(x)[0]))
     assert_close(y, jvp(at, (torch.zeros_like(h),), (h,)))
 
@@ -273,7 +272,7 @@ def test_copies_pickles_state_dicts_and_conversions(options):
         states = tuple(s.float() for s in state)
         for answer in (lstm(x.float(), states, half), lstm(x.float(), states)):
             assert all(t.dtype == torch.bfloat16 for t in flat(answer))
-        with forward_ad.dual_level(), using(Sample(half, {}, linearized=True)):
+        with forward_ad.dual_level(), using_sample(Sample(half, {}, linearized=True)):
             moving = tuple(forward_ad.make_dual(s, torch.ones_like(s)) for s in states)
             dual = [forward_ad.unpack_dual(t) for t in flat(lstm(x.float(), moving))]
         assert all(t.primal.dtype == t.tangent.dtype == torch.bfloat16 for t in dual)
@@ -335,10 +334,10 @@ def test_what_makes_no_call_is_refused():
     lstm.weight_dropout = "rate"
     with pytest.raises(RuntimeError, match="StnLSTM: must be called with a sample"):
         lstm(x)
-    with using(Sample(None, {})), pytest.raises(KeyError, match="rate"):
+    with using_sample(Sample(None, {})), pytest.raises(KeyError, match="rate"):
         lstm(x)
     with (
-        using(Sample(None, {"rate": torch.zeros(1, 2)})),
+        using_sample(Sample(None, {"rate": torch.zeros(1, 2)})),
         pytest.raises(ValueError, match=r"'rate' must be one number"),
     ):
         lstm(x)

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -446,3 +447,36 @@ def test_a_model_moves_and_answers(device):
     assert h.device.type == device.type
     with model.at(h, linearized=True):
         assert model(X.to(device)).device.type == device.type
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(2), nn.BatchNorm1d(2)], ids=["layer", "batch"])
+def test_normalization_warns_of_wrong_gradients_to_general_weights_and_those_to_the_response_are_right(norm):
+    module = nn.Sequential(DeltaStnLinear(3, 2, num_hparams=2), norm, nn.Softplus()).double()
+    model = randomized(StnModel(module, hyper_parameters(), centred=True))
+    h0, h = model.hparams.unconstrained.detach(), model.hparams.perturbed(4).detach()
+    response = list(model.response_parameters())
+
+    def loss(answer):
+        return (answer * torch.linspace(1, 2, 8, dtype=answer.dtype).reshape(4, 2)).sum()
+
+    def nonlinear(t):
+        with model.at(h0 + t * (h - h0)):
+            return model(X)
+
+    one = torch.ones((), dtype=torch.float64)
+    primal, tangent = torch.autograd.functional.jvp(nonlinear, 0 * one, one, create_graph=True)
+    wanted = torch.autograd.grad(loss(primal + tangent), response)
+    with pytest.warns(UserWarning, match="right for response weights and wrong for general ones"):
+        found = torch.autograd.grad(loss(linearized_at(model, h)), response)
+    torch.testing.assert_close(found, wanted)
+    for parameter in model.general_parameters():
+        parameter.requires_grad_(False)
+    model._linearized_in.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(torch.autograd.grad(loss(linearized_at(model, h)), response), wanted)
+
+
+def linearized_at(model, h):
+    with model.at(h, linearized=True):
+        return model(X)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import nn
 
 from nestopt_ext.response import (
@@ -177,3 +178,27 @@ def test_dropped_weights_share_the_mask_of_the_first_rate():
     assert torch.equal(dropped_weight(v, p=torch.tensor(0.0))[0], v)
     with pytest.raises(ValueError, match=r"weights\[1\] must have the shape of weights\[0\] \(50, 40\); got \(50,\)"):
         dropped_weight(w, torch.ones(50), p=torch.tensor(0.5))
+
+
+def test_dropout_of_a_dual_number_makes_no_zero_tangent_for_its_mask() -> None:
+    x, dx = torch.randn(2, 6, 3)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, dx)
+        with torch.profiler.profile() as profile:
+            primal, tangent = forward_ad.unpack_dual(dropout(dual, torch.tensor([0.5])))
+    assert torch.equal(primal * dx, tangent * x)
+    assert "aten::_efficientzerotensor" not in {event.key for event in profile.key_averages()}
+
+
+def test_dropout_composes_with_torch_func() -> None:
+    x, dx = torch.randn(2, 6, 3, dtype=torch.float64)
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        return dropout(x, torch.linspace(0, 0.9, 6)).pow(3).sum()
+
+    slope = torch.func.grad(f)(x)
+    curved = torch.func.jvp(torch.func.grad(f), (x,), (dx,))[1]
+    torch.testing.assert_close(torch.func.jvp(f, (x,), (dx,))[1], (slope * dx).sum())
+    nested = torch.func.jvp(lambda a: torch.func.jvp(f, (a,), (dx,))[1], (x,), (dx,))[1]
+    torch.testing.assert_close(nested, (curved * dx).sum())

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import warnings
 
 import pytest
 import torch
@@ -319,6 +320,45 @@ def test_validation_is_in_evaluation_mode_and_every_module_is_put_back_into_its_
     assert model.module[1].norm.num_batches_tracked == 0
 
 
+def test_a_criterion_with_an_evaluation_mode_validates_in_it():
+    class Criterion(nn.Module):
+        def forward(self, outputs, targets):
+            seen.append(self.training)
+            return F.cross_entropy(outputs, targets)
+
+    seen = []
+    model = network(True)
+    batches = [data()]
+    trainer = DeltaStnTrainer(model, Criterion(), batches, batches, optimizer=sgd, response_optimizer=sgd)
+    trainer.train_step(data())
+    trainer.valid_step(data())
+    trainer.evaluate(batches)
+    trainer.train_step(data())
+    assert seen == [True, True, False, False, True, True]
+
+
+@pytest.mark.parametrize("tune_scales", [True, False])
+def test_a_validation_loss_that_no_layer_responds_in_is_refused(tune_scales):
+    class Bypasses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = DeltaStnLinear(4, 3, num_hparams=2, dtype=F64)
+
+        def forward(self, x):
+            return F.linear(x, self.layer.weight)
+
+    model = StnModel(Bypasses(), network(True).hparams, centred=True)
+    before = [p.clone() for p in model.hparams.parameters()]
+    with pytest.raises(ValueError, match="the validation loss must depend on the hyperparameters"):
+        make(True, model, tune_scales=tune_scales).valid_step(data())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.hparams.parameters(), strict=True))
+
+
+def test_a_run_that_ends_within_its_warmup_says_so():
+    with pytest.warns(RuntimeWarning, match="epochs must be more than warmup_epochs=5"):
+        make(True).fit(2)
+
+
 @pytest.mark.parametrize("delta", [True, False])
 def test_evaluation_is_at_the_centre_and_weighs_batches_by_their_targets(delta):
     trainer = make(delta, metrics={"accuracy": accuracy})
@@ -410,6 +450,20 @@ def test_schedulers_step_once_an_epoch():
     trainer.fit(3)
     rates = [o.param_groups[0]["lr"] for o in trainer.optimizers.values()]
     assert rates == pytest.approx([LR / 8, LR / 8, LR / 1000])
+
+
+def test_schedulers_step_in_silence_where_the_warm_up_or_a_resumed_run_took_no_step(tmp_path):
+    def step_lr(optimizer):
+        return torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+
+    parts = make(True, hyper_scheduler=step_lr, scheduler=step_lr, warmup_epochs=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of torch
+        parts.fit(1, output=tmp_path, should_stop=After(3))  # all batches, and not the end of the epoch
+        parts = make(True, hyper_scheduler=step_lr, scheduler=step_lr, warmup_epochs=2)
+        parts.fit(1, output=tmp_path, resume=True)
+    rates = [o.param_groups[0]["lr"] for o in parts.optimizers.values()]
+    assert rates == pytest.approx([LR / 2, LR / 2, LR / 2]) and parts.step_count == 3
 
 
 # ---- all of it together ----------------------------------------------------------------------------------------------
@@ -726,7 +780,7 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_c
 
 ITERATOR = iter([data()])
 BAD = {
-    "no model": ({"model": nn.Linear(2, 2)}, TypeError, "model must be a StnModel; got Linear. Make one by to_stn"),
+    "no model": ({"model": nn.Linear(2, 2)}, TypeError, "model must be a StnModel; got Linear. .* to_delta_stn"),
     "not centred": ({"model": network(False)}, ValueError, "model must be centred; got centred=False. .* to_delta_stn"),
     "criterion": ({"criterion": 3}, TypeError, "criterion must be callable; got int"),
     "augment": ({"augment": 3}, TypeError, "augment must be callable; got int"),
@@ -775,6 +829,8 @@ def test_bad_batches_and_losses():
     trainer._criterion = lambda o, t: F.cross_entropy(o, t, reduction="none")
     with pytest.raises(TypeError, match=r"criterion must return a scalar Tensor, a mean loss; got shape \(6,\)"):
         trainer.train_step((x, y))
+    with pytest.raises(TypeError, match=r"metrics\['share'\] must return a scalar Tensor, .* got float"):
+        make(True, metrics={"share": lambda o, t: 0.5}).evaluate([(x, y)])
     trainer._criterion = lambda o, t: o.detach().mean()
     with pytest.raises(ValueError, match="the training loss must depend on what it trains"):
         trainer.train_step((x, y))

@@ -272,7 +272,7 @@ NESTOPT_SIMD void run_fold(const StnGateBackward& backward, int64_t first, int64
     T strip[2][kStnGateFold];
     double total[2][kStnGateFold] = {};
     for (int64_t e = 0; e < examples; ++e) {
-      if (e % kStrip == 0) std::fill_n(strip[0], 2 * kStnGateFold, T(0));
+      for (int half = 0; e % kStrip == 0 && half < 2; ++half) std::fill_n(strip[half], n, T(0));
       T* const sums = backward.grad_sums<T>(e) + begin;
       if (response_bias != nullptr) {
         fold_row<T, G>(n, sums, backward.gates.row<G>(e) + channels + begin, response_bias + begin, strip[0], strip[1]);

@@ -28,7 +28,7 @@ gan: a small GAN on a ring of Gaussians"""
 
 #: Flag, type, placeholder and help; what a game sets them to is in `nestopt_ext.experiments.ride.config`.
 _OPTIONS: tuple[tuple[str, type, str, str], ...] = (
-    ("--lr", float, "LR", "learning rate of the rides (a toy game 1, gan and polynomial 0.1, shapes 0.3)"),
+    ("--lr", float, "LR", "learning rate of the rides (a toy game 1, gan and polynomial 0.1, shapes 0.5)"),
     ("--steps", int, "N", "steps of a ride"),
     ("--starts", int, "N", "random starts, toy games (10)"),
     ("--spread", float, "X", "their standard deviation, toy games (2; ipd 1)"),
@@ -37,6 +37,7 @@ _OPTIONS: tuple[tuple[str, type, str, str], ...] = (
     ("--ascent-lr", float, "X", "their length, games (0.1)"),
     ("--directions", int, "N", "directions to branch along, not for polynomial"),
     ("--step-size", float, "X", "length of a step along a ridge, polynomial and shapes"),
+    ("--noise", float, "X", "with which descents leave the saddle, polynomial and shapes (0.01)"),
     ("--tau", float, "X", "share of matching pennies in mix (0.25)"),
     ("--dim", int, "N", "variables of polynomial (2)"),
     ("--images", int, "N", "training pictures of shapes (512)"),

@@ -3,7 +3,7 @@
 from ._fit import FitResult
 from ._hypertrain_records import HypertrainRecord, HypertrainResult
 from ._report import ConversionReport
-from ._sample import Sample, current_sample
+from ._sample import Sample, current_sample, current_value, using_sample
 from ._trainer_step import TrainerDiverged
 from .activation import ActivationRegularization
 from .augmentation import Affine, ColorJitter, Cutout, GaussianNoise, InputScale
@@ -15,7 +15,7 @@ from .embedding import DeltaStnEmbedding, StnEmbedding
 from .hyper_parameters import HyperParameters
 from .hypernetwork import Hypernetwork
 from .hypertrain import global_hypertrain, local_hypertrain
-from .label_smoothing import LabelSmoothing
+from .label_smoothing import LabelSmoothing, smoothed_cross_entropy
 from .linear import DeltaStnLinear, StnLinear
 from .lstm import DeltaStnLSTM, StnLSTM
 from .model import StnModel
@@ -63,9 +63,12 @@ __all__ = [
     "WeightDecay",
     "accuracy",
     "current_sample",
+    "current_value",
     "global_hypertrain",
     "local_hypertrain",
     "plot_history",
+    "smoothed_cross_entropy",
     "to_delta_stn",
     "to_stn",
+    "using_sample",
 ]

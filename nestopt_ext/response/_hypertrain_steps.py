@@ -15,7 +15,7 @@ from .. import _lists
 from ..hypergrad import _loop_arguments as arguments
 from ..hypergrad._batches import Batches
 from ..hypergrad.loop import LoopDiverged
-from ._sample import Sample, using
+from ._sample import Sample, using_sample
 from .hyper_parameters import HyperParameters
 from .hypernetwork import Hypernetwork
 
@@ -55,7 +55,7 @@ class Point:
         values = self._seen(h)
         if isinstance(values, Tensor):
             return loss(params, values, *batch)
-        with using(Sample(None, {name: value.detach().unsqueeze(0) for name, value in values.items()})):
+        with using_sample(Sample(None, {name: value.detach().unsqueeze(0) for name, value in values.items()})):
             return loss(params, values, *batch)
 
     def _seen(self, h: Tensor) -> Tensor | dict[str, Tensor]:

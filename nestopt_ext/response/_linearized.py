@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -87,8 +89,12 @@ def _refusal(operation: str) -> RuntimeError:
     )
 
 
+#: Their tangents are right, and take statistics of the primal for constants when they are differentiated.
+_HALF_DIFFERENTIABLE = (F.layer_norm, F.batch_norm, F.instance_norm)
+
+
 class _TangentWatch(TorchFunctionMode):
-    """Refuses operators of other libraries that return no tangent.
+    """Refuses operators of other libraries that return no tangent, and warns of those with wrong second derivatives.
 
     One whose derivative is attached by torch.library.register_autograd has a tangent of zero where nothing requires
     grad, without a word.
@@ -100,7 +106,21 @@ class _TangentWatch(TorchFunctionMode):
         foreign = isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
         if foreign and _has_tangent((args, kwargs)) and _has_tangent(out) is False:
             raise _refusal(str(func))
+        if func in _HALF_DIFFERENTIABLE and kwargs.get("training", True) and _leads_on(args[0]):
+            warnings.warn(
+                f"StnModel: PyTorch's tangent of {func.__name__} has wrong gradients to its primal: those of a"
+                " linearized answer are right for response weights and wrong for general ones. Set requires_grad of the"
+                " general parameters to False, as DeltaStnTrainer does.",
+                UserWarning,
+                stacklevel=2,
+            )
         return out
+
+
+def _leads_on(x: Tensor) -> bool:
+    """Whether ``x`` has a tangent, and a gradient would go to its primal."""
+    primal, tangent = split(x)
+    return tangent is not None and primal.requires_grad and torch.is_grad_enabled()
 
 
 def _has_tangent(tree: Any) -> bool | None:

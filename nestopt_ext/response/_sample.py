@@ -31,13 +31,21 @@ _current: ContextVar[Sample | None] = ContextVar("nestopt_ext.response.sample", 
 
 
 def current_sample() -> Sample | None:
-    """The sample that layers and regularizers called now are to use; None outside of `using`."""
+    """The sample that layers and regularizers called now are to use; None outside of `using_sample`."""
     return _current.get()
 
 
 @contextlib.contextmanager
-def using(sample: Sample) -> Iterator[Sample]:
-    """Makes ``sample`` the one that layers and regularizers use."""
+def using_sample(sample: Sample) -> Iterator[Sample]:
+    """Makes ``sample`` the one that layers and regularizers use while open; `StnModel.at` makes the usual ones.
+
+    For hyperparameters at values of your own, and response layers outside of a model.
+
+    >>> import torch
+    >>> with using_sample(Sample(None, {"rate": torch.tensor([0.5])})):
+    ...     current_value("rate", "my penalty")
+    tensor([0.5000])
+    """
     token = _current.set(sample)
     try:
         yield sample

@@ -19,10 +19,10 @@ from .model import StnModel
 
 
 def check_model(caller: str, model: Any, centred: bool) -> None:
+    wanted, remedy = ("centred", "to_delta_stn") if centred else ("not centred", "to_stn")
     if not isinstance(model, StnModel):
-        raise TypeError(f"{caller}: model must be a StnModel; got {_lists.value_name(model)}. Make one by to_stn.")
+        raise TypeError(f"{caller}: model must be a StnModel; got {_lists.value_name(model)}. Make one by {remedy}.")
     if model.centred != centred:
-        wanted, remedy = ("centred", "to_delta_stn") if centred else ("not centred", "to_stn")
         raise ValueError(f"{caller}: model must be {wanted}; got centred={model.centred}. Make it by {remedy}.")
     if not any(True for _ in model.response_parameters()):
         raise ValueError(f"{caller}: model must have response layers; got none. Make it by to_stn or to_delta_stn.")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ._layer import join, split
 from ._sample import current_value
 
 
@@ -30,13 +31,19 @@ def dropout(
     """
     math_dtype = torch.promote_types(x.dtype, torch.float32)
     rate = _over(x, rate.detach(), batch_dim, unit_dim).to(math_dtype)
-    keep = (1 - rate).masked_fill((rate < 0) | (rate > 1), torch.nan)
     sizes = list(x.shape)
     for dim in shared_dims:
         sizes[dim] = 1
     noise = torch.rand(sizes, device=x.device, dtype=math_dtype)
-    mask = torch.where(noise >= keep, 0.0, 1 / keep)  # of a NaN no comparison holds: it comes out
-    return x * mask.to(x.dtype)
+    mask = mask_of(noise, rate).to(x.dtype)
+    primal, tangent = split(x)  # torch's product of both also adds a tangent of the mask, zero, for ten times as long
+    return primal * mask if tangent is None else join(primal * mask, tangent * mask)
+
+
+def mask_of(noise: Tensor, rate: Tensor) -> Tensor:
+    """0 where ``noise``, uniform in [0, 1), says to drop, 1 / (1 - rate) elsewhere; NaN for a rate outside [0, 1]."""
+    keep = (1 - rate).masked_fill((rate < 0) | (rate > 1), torch.nan)
+    return torch.where(noise >= keep, 0.0, 1 / keep)  # of a NaN no comparison holds: it comes out
 
 
 def _over(x: Tensor, rate: Tensor, batch_dim: int, unit_dim: int | None) -> Tensor:

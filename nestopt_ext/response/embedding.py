@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._functions import stn_gate
 from ._layer import Response, StnLayer, gate_input_of, gates_of, join, rate_of
+from .dropout import mask_of
 
 
 class StnEmbedding(StnLayer, nn.Embedding):
@@ -126,8 +127,7 @@ class StnEmbedding(StnLayer, nn.Embedding):
         over_examples = [1] * input.dim()
         if examples is not None:
             over_examples[self.batch_dim] = -1
-        keep = (1 - rate.to(noise)).masked_fill((rate < 0) | (rate > 1), torch.nan).reshape(over_examples)
-        mask = torch.where(noise[input] >= keep, 0.0, 1 / keep)  # of a NaN no comparison holds: it comes out
+        mask = mask_of(noise[input], rate.to(noise).reshape(over_examples))
         return mask.unsqueeze(-1).to(self.weight.dtype)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ._layer import StnLayer
 from ._linearized import linearized_call, without_fast_paths
 from ._report import ConversionReport
-from ._sample import Sample, current_sample, using
+from ._sample import Sample, current_sample, using_sample
 from .export import exported
 from .hyper_parameters import HyperParameters
 
@@ -98,8 +98,10 @@ class StnModel(nn.Module):
             unconstrained: [B, n], a point for each example of the batches that the model is called with; [1, n] or [n],
                 one for all. In unconstrained units, as ``hparams.unconstrained`` and ``hparams.perturbed(B)``.
             linearized: answers with the linearization about the current hyperparameters; of a centred model only. For
-                gradients of the response alone, call it with ``requires_grad`` of the general parameters False: that is
-                the smaller graph, and torch's softmax and logsumexp have no gradient to the primal then to fail at.
+                gradients, call it with ``requires_grad`` of the general parameters False: the graph is smaller, and
+                those of PyTorch's tangents to the primal are wrong for LayerNorm, InstanceNorm and BatchNorm in
+                training mode (there is a warning), and fail for softmax, logsumexp and attention. Gradients to the
+                response are right either way.
 
         Yields the sample, whose ``values`` are the hyperparameters in natural units. Calls may be nested: the innermost
         counts. Raises TypeError and ValueError, before anything is computed, for what is not such a tensor.
@@ -111,7 +113,7 @@ class StnModel(nn.Module):
                 " Make the model with to_delta_stn, or StnModel(..., centred=True)."
             )
         gate_input = h - self.hparams.unconstrained.detach() if self.centred else h
-        with using(Sample(gate_input, self.hparams.natural(h.detach()), linearized, self.hparams)) as sample:
+        with using_sample(Sample(gate_input, self.hparams.natural(h.detach()), linearized, self.hparams)) as sample:
             yield sample
 
     @contextlib.contextmanager
@@ -122,7 +124,7 @@ class StnModel(nn.Module):
         """
         h0 = self.hparams.unconstrained.detach().unsqueeze(0)
         gate_input = None if self.centred else h0
-        with using(Sample(gate_input, self.hparams.natural(h0), hparams=self.hparams)) as sample:
+        with using_sample(Sample(gate_input, self.hparams.natural(h0), hparams=self.hparams)) as sample:
             yield sample
 
     @contextlib.contextmanager

@@ -29,8 +29,8 @@ def plot_history(history: Sequence[EpochRecord], path: str | PathLike[str], *, t
     """Draws losses and the path of every hyperparameter over the epochs of ``history`` into the PNG ``path``.
 
     Losses are means over the steps of an epoch (training, response) and evaluations at its end (validation, test), the
-    lowest validation loss marked. Hyperparameters are in natural units, one panel each; one of many numbers
-    is drawn as its median and its range. The file is replaced atomically.
+    lowest validation loss marked. Hyperparameters are in natural units, one panel each; one of up to
+    10 numbers has a line for each, one of more is drawn as its median and its range. The file is replaced atomically.
 
     Raises ImportError without Matplotlib, ValueError for an empty history.
     """

@@ -12,7 +12,7 @@ PLANAR_GAMES = ("small-ipd", "random-subspace-ipd", "mix", "matching-pennies")
 TOY_GAMES = (*PLANAR_GAMES, "ipd")
 #: Problems with one loss, ridden along the eigenvectors of its Hessian from a saddle.
 LOSSES = ("polynomial", "shapes")
-GAMES = (*TOY_GAMES, "gan")
+GAMES = (*TOY_GAMES, *LOSSES, "gan")
 OPTIMIZERS = ("sgd", "extragradient", "lola")
 ORDERS = ("breadth", "depth")
 
@@ -22,7 +22,7 @@ PORTRAIT, TREE, SOLUTIONS = "portrait.png", "tree.png", "solutions.png"
 QUICK: dict[str, dict[str, Any]] = {
     **{game: {"starts": 2, "ascent_steps": 20, "branch_sizes": (2.0,), "steps": 300} for game in TOY_GAMES},
     "polynomial": {"steps": 200},
-    "shapes": {"images": 128, "steps": 300, "directions": 2},
+    "shapes": {"images": 128, "steps": 300},
     "gan": {"ascent_steps": 1, "branch_sizes": (1.0,), "directions": 1, "steps": 300, "width": 8},
 }
 
@@ -49,13 +49,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "matching-pennies": {**_GENERALIZED, "optimizer": "extragradient", "steps": 3000},
     "ipd": {**_GENERALIZED, "optimizer": "lola", "spread": 1.0, "directions": 2, "steps": 1000},
-    "polynomial": {"dim": 2, "order": "breadth", "step_size": 0.05, "lr": 0.1, "steps": 500},
+    "polynomial": {"dim": 2, "order": "breadth", "step_size": 0.05, "lr": 0.1, "noise": 0.01, "steps": 500},
     "shapes": {
-        "images": 512, "width": 4, "directions": 3, "step_size": 0.1, "lr": 0.5, "steps": 1200,
+        "images": 512, "width": 4, "directions": 3, "step_size": 0.1, "lr": 0.5, "noise": 0.01, "steps": 800,
     },
     "gan": {
-        "lr": 0.1, "exponent_steps": 10, "ascent_steps": 10, "ascent_lr": 0.1, "branch_sizes": (1.0,), "directions": 4,
-        "steps": 4000, "modes": 4, "width": 16,
+        "lr": 0.1, "exponent_steps": 10, "ascent_steps": 5, "ascent_lr": 0.1, "branch_sizes": (1.0,), "directions": 4,
+        "steps": 3000, "modes": 4, "width": 16,
     },
 }  # fmt: skip
 
@@ -68,7 +68,8 @@ class RideConfig:
     game: one of `GAMES`. optimizer, lr: what rides a game, and the descent that finishes the ride of a loss.
     starts: random ones, each a search of its own, drawn from N(0, spread^2). exponent_steps: k, over which the
     exponent is taken. ascent_steps, ascent_lr: of the climb to its largest value. branch_sizes: displacements to both
-    sides along each of so many ``directions``. steps: of a ride. step_size, order: of a ridge. tau: of the mixed game.
+    sides along each of so many ``directions``. steps: of a ride. step_size, order: of a ridge. noise: standard
+    deviation with which descents leave the saddle that it is compared with. tau: of the mixed game.
     dim: variables of the polynomial. images: training images. modes: Gaussians. width: hidden units.
     """
 
@@ -88,6 +89,7 @@ class RideConfig:
     directions: int | None = None
     steps: int | None = None
     step_size: float | None = None
+    noise: float | None = None
     order: str | None = None
     tau: float | None = None
     dim: int | None = None
@@ -137,7 +139,7 @@ class RideConfig:
                 raise ConfigError(f"--{_dashes(name)} must be <= {whole[name]}; got {getattr(self, name)}.")
         if "ascent_steps" in choices:
             check_whole("ascent_steps", self.ascent_steps, 0)
-        for name in choices & {"lr", "spread", "ascent_lr", "step_size"}:
+        for name in choices & {"lr", "spread", "ascent_lr", "step_size", "noise"}:
             if check_number(name, getattr(self, name)) <= 0:
                 raise ConfigError(f"--{_dashes(name)} must be > 0; got {getattr(self, name)}.")
         for name, allowed in (("optimizer", OPTIMIZERS), ("order", ORDERS)):

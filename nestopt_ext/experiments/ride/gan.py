@@ -29,7 +29,9 @@ def gan_study(config: RideConfig) -> Study:
     c = config
     assert c.lr and c.steps and c.exponent_steps and c.branch_sizes and c.directions and c.ascent_lr and c.modes
     assert c.ascent_steps is not None and c.width
-    mixture = MixtureConfig(modes=c.modes, width=c.width, noise_dim=2, batch_size=_BATCH, seed=c.seed)
+    steps, lr, size, ascents = c.steps, c.lr, max(c.branch_sizes), c.ascent_steps + 1
+    evaluation = 2 * c.exponent_steps * (1 + 2 * _PRODUCTS)
+    mixture = mixture_config(c)
     noise, real = (batch[0] for batch in Stream(mixture, [c.seed]).next())
     step = sgd_map(MixtureGame(mixture.loss, networks(mixture, c.seed), noise, real), c.lr)
     method = LyapunovBranches(
@@ -42,15 +44,18 @@ def gan_study(config: RideConfig) -> Study:
     )
 
     def gradients(archive: Archive) -> int:
-        climbs = len(archive.bifurcations) * (c.ascent_steps + 1)
-        return climbs * 2 * c.exponent_steps * (1 + 2 * _PRODUCTS) + archive.num_steps
+        return len(archive.bifurcations) * ascents * evaluation + archive.num_steps
 
     def equal(archive: Archive) -> int:
-        return max(1, gradients(archive) // c.steps)
+        return max(1, gradients(archive) // steps)
+
+    def begin(seed: int) -> Tensor:
+        return sgd_map(MixtureGame(mixture.loss, networks(mixture, seed), noise, real), lr).start()
 
     start = step.start()
     return Study(
         title=f"GAN on {c.modes} Gaussians",
+        problem=step,
         step=step,
         starts=start,
         method=method,
@@ -68,20 +73,23 @@ def gan_study(config: RideConfig) -> Study:
                 step,
                 c.steps,
                 lambda archive: beside_bifurcations(
-                    step, archive, max(c.branch_sizes) / math.sqrt(step.num_parameters), equal(archive), c.seed + 1
+                    step, archive, size / math.sqrt(step.num_parameters), equal(archive), c.seed + 1
                 ),
             ),
             Rival(
                 "random starts",
                 step,
                 c.steps,
-                lambda archive: torch.cat([
-                    sgd_map(MixtureGame(mixture.loss, networks(mixture, c.seed + 1 + i), noise, real), c.lr).start()
-                    for i in range(equal(archive))
-                ]),
+                lambda archive: torch.cat([begin(c.seed + 1 + i) for i in range(equal(archive))]),
             ),
         ),
-    )  # fmt: skip
+    )
+
+
+def mixture_config(config: RideConfig) -> MixtureConfig:
+    """The GAN of a ride, as the experiment on mixtures describes it."""
+    assert config.modes and config.width
+    return MixtureConfig(modes=config.modes, width=config.width, noise_dim=2, batch_size=_BATCH, seed=config.seed)
 
 
 def points(mixture: MixtureConfig, step: OptimizerMap, states: Tensor) -> Tensor:

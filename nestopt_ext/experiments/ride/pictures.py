@@ -1,13 +1,20 @@
 """The pictures of a ride: its portrait where the game has two numbers, its tree, and what else the game shows."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..games import _style
-from . import portrait, tree
-from .config import PORTRAIT, TREE
+from . import gan_pictures, portrait, shapes_pictures, tree
+from .config import PORTRAIT, SOLUTIONS, TREE
 from .looks import NOTHING, colours
 from .results import RideResult
+
+#: Games whose solutions are worth a picture of their own.
+_SOLUTIONS: dict[str, Callable[[RideResult], Any]] = {
+    "shapes": shapes_pictures.new_figure,
+    "gan": gan_pictures.new_figure,
+}
 
 
 def save_pictures(folder: Path, result: RideResult) -> None:
@@ -20,6 +27,8 @@ def save_pictures(folder: Path, result: RideResult) -> None:
         handles = [*portrait.legend(), *_solutions(result)]
         figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=9, frameon=False)
         _style.save(figure, folder / PORTRAIT)
+    if result.config.game in _SOLUTIONS:
+        _style.save(_SOLUTIONS[result.config.game](result), folder / SOLUTIONS)
     figure = _style.new_figure(7.5, tree.height(result), f"{result.study.title}: tree of branches")
     tree.draw(figure.subplots(), result)
     figure.legend(handles=_solutions(result), loc="outside lower center", ncols=4, fontsize=9, frameon=False)

@@ -3,7 +3,7 @@ r"""A polynomial whose minima are known, and of which descent from the saddle se
 .. math:: f(w) = \sum_i \left( \tfrac{1}{4} v_i^4 - \tfrac{1}{2} a_i v_i^2 \right)
           + \tfrac{c}{2} \sum_{i < j} v_i^2 v_j^2, \qquad v = Q^\top w
 
-Q is orthogonal, the :math:`a_i` fall from 1 to 1/2, and c = 5/2. The origin is a saddle with eigenvalues :math:`-a_i`
+Q is orthogonal, the :math:`a_i` fall from 1 to 1/2, and c = 8. The origin is a saddle with eigenvalues :math:`-a_i`
 along the columns of Q. At :math:`v = \pm \sqrt{a_i} e_i` the eigenvalues are :math:`2 a_i` and :math:`c a_i - a_j > 0`,
 so that these 2n points are minima; there are no others, since two variables that are not zero have a Hessian block
 of determinant :math:`4 v_i^2 v_j^2 (1 - c^2) < 0`.
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-COUPLING = 2.5
+COUPLING = 8.0
 #: The slowest growth from the saddle, where the fastest is 1.
 LEAST = 0.5
 
@@ -31,6 +31,7 @@ class Polynomial:
         drawn = torch.randn(dim, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         self.rotation: Tensor = torch.linalg.qr(drawn)[0]
         self.curvatures = torch.linspace(1, LEAST if dim > 1 else 1, dim, dtype=torch.float64)
+        #: The saddle, where it is also ridden from.
         self.players = [torch.zeros(1, dim, dtype=torch.float64, requires_grad=True)]
 
     def losses(self, players: Sequence[Tensor]) -> tuple[Tensor]:

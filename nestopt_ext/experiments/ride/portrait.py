@@ -83,11 +83,14 @@ def _rides(axes: Any, result: RideResult, frame: _Frame) -> None:
 
 
 def _paths(result: RideResult) -> list[Tensor]:
-    """The points of every ride, from its bifurcation on, [points, 2]."""
+    """The points of every ride, from its bifurcation on, [points, 2]; of a ridge its ends, which are not a map's."""
     archive, step = result.archive, result.study.step
     states = torch.stack([branch.begin for branch in archive.branches])
-    steps = max(branch.steps for branch in archive.branches)
     points = [torch.stack([archive.bifurcations[b.bifurcation].state for b in archive.branches]), states]
+    if result.study.problem is not step:
+        ends = [branch.begin if branch.end is None else branch.end for branch in archive.branches]
+        return [*torch.stack([*points, torch.stack(ends)], 1)[:, :, :2]]
+    steps = max(branch.steps for branch in archive.branches)
     every = max(1, steps // _POINTS)
     with torch.no_grad():
         for number in range(1, steps + 1):

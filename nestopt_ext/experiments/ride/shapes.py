@@ -3,13 +3,13 @@ r"""Features of a network: each ridge of its saddle leads to a solution that loo
 The network is :math:`f(x) = v \cdot \mathrm{softplus}(W x + b) + c` on `shapes_data`. At W = 0, b = 0, all
 :math:`v_j = v` and c so that f = 0 all hidden units are alike and nothing tells the classes apart: the point that keeps
 most symmetries. Its gradient vanishes, because the classes are equally frequent and have the same mean, and
-the Hessian there is, for each unit's row of W,
+the Hessian is positive but for the rows of W, where with h units it is
 
-.. math:: -\tfrac{v}{16} \left( \mathbb{E}[x x^\top \mid 1] - \mathbb{E}[x x^\top \mid 0] \right),
+.. math:: -\tfrac{v}{16} \left( \mathbb{E}[x x^\top \mid 1] - \mathbb{E}[x x^\top \mid 0] \right) \otimes I_h
+          + \tfrac{v^2}{16} \, \mathbb{E}[x x^\top] \otimes 1 1^\top
 
-which has no entries between channels. So each of its negative eigenvalues belongs to the shape of class 1 in one
-channel, once for each unit, the steepest to the channel of most contrast. Descent from anywhere near falls into that
-one.
+with no entries between channels. So its negative eigenvalues belong to the shape of class 1 in one channel each, h - 1
+times, with units that differ, the steepest to the channel of most contrast. Descent from nearby falls into that one.
 """
 
 import math
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.utils import vector_to_parameters
 
 from .shapes_data import FEATURES, SIDE, Pictures, pictures
 
@@ -64,20 +65,15 @@ class ShapesGame:
 
 @dataclass(frozen=True)
 class Use:
-    """How a network classifies pictures that are held out, for each feature: shares of right answers, [3] each.
+    """How a network classifies pictures that are held out, as shares of right answers.
 
-    ``alone``: only this feature tells the class and the others are drawn by chance. ``without``: only this one is.
-    ``accuracy``: all tell.
+    ``accuracy``: all features tell the class. For each feature, [3]: ``alone``, it alone tells and the others are drawn
+    by chance; ``without``, it alone is drawn by chance.
     """
 
     accuracy: float
     alone: Tensor
     without: Tensor
-
-    @property
-    def used(self) -> Tensor:
-        """Which features the network uses, 0.0 or 1.0, [3]."""
-        return (self.alone >= USED).double()
 
 
 class HeldOut:
@@ -98,10 +94,28 @@ class HeldOut:
         return Use(_accuracy(network, self._all), alone, without)
 
 
-def name_of(used: Tensor) -> str:
-    """The features used, by name.
+def network(width: int, state: Tensor) -> ShapesNetwork:
+    """The network whose parameters are ``state`` [P]."""
+    found = ShapesNetwork(width)
+    vector_to_parameters(state, found.parameters())
+    return found
 
-    >>> name_of(torch.tensor([1.0, 0.0, 1.0])), name_of(torch.zeros(3))
+
+def random_weights(like: ShapesNetwork, seed: int) -> Tensor:
+    """Parameters [P] as a new `torch.nn.Linear` has them, uniform within 1 / sqrt(inputs of the layer)."""
+    random = torch.Generator().manual_seed(seed)
+    parts = []
+    for layer in (like.hidden, like.output):
+        for parameter in (layer.weight, layer.bias):
+            drawn = 2 * torch.rand(parameter.shape, dtype=torch.float64, generator=random) - 1
+            parts.append(drawn.flatten() * layer.in_features**-0.5)
+    return torch.cat(parts)
+
+
+def name_of(used: Tensor) -> str:
+    """The features used, by name, of a flag for each.
+
+    >>> name_of(torch.tensor([True, False, True])), name_of(torch.zeros(3, dtype=torch.bool))
     ('red + blue', 'none')
     """
     return " + ".join(f for f, u in zip(FEATURES, used.tolist(), strict=True) if u) or "none"

@@ -20,7 +20,7 @@ from torch import Tensor
 SIDE = 8
 FEATURES = ("red", "green", "blue")
 #: Contrast of each channel, and the standard deviation of the noise in a pixel of contrast 1.
-CONTRASTS = (4.0, 3.2, 2.6)
+CONTRASTS = (4.0, 3.6, 3.5)
 NOISE = 0.06
 _SIGNS = len(FEATURES)
 
@@ -45,7 +45,8 @@ def templates() -> Tensor:
     )
     shapes = torch.stack([torch.stack([shape.double() for shape in pair]) for pair in pairs])
     shapes = shapes - shapes.mean((2, 3), keepdim=True)
-    return shapes / shapes.flatten(2).norm(dim=2)[..., None, None]
+    normalized: Tensor = shapes / shapes.flatten(2).norm(dim=2)[..., None, None]
+    return normalized
 
 
 def pictures(count: int, seed: int, *, telling: Sequence[str] = FEATURES) -> Pictures:

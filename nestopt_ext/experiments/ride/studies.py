@@ -2,6 +2,8 @@
 
 from .config import TOY_GAMES, RideConfig
 from .gan import gan_study
+from .polynomial_study import polynomial_study
+from .shapes_study import shapes_study
 from .study import Study
 from .toy import toy_study
 
@@ -12,4 +14,4 @@ def make_study(config: RideConfig) -> Study:
         return toy_study(config)
     if config.game == "gan":
         return gan_study(config)
-    raise NotImplementedError(config.game)
+    return polynomial_study(config) if config.game == "polynomial" else shapes_study(config)

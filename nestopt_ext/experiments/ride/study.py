@@ -23,14 +23,16 @@ class Rival:
 
 @dataclass(frozen=True)
 class Study:
-    """One problem, ready to be ridden by ``nestopt_ext.games.ridge_rider(step, starts, method, **options)``.
+    """One problem, ready to be ridden by ``nestopt_ext.games.ridge_rider(problem, starts, method, **options)``.
 
-    ``step`` is the map that rides, or descends where a ridge ends. ``starts`` are [B, P]. ``key`` maps states [N, S] to
-    what tells solutions apart, [N, K], which are the same within ``distance``, and ``label`` gives a key a name.
+    ``problem`` is the map ``step`` itself, or the game that has ridges, from whose ends ``step`` descends. ``starts``
+    are [B, P]. ``key`` maps states [N, S] to what tells solutions apart, [N, K], which are the same within
+    ``distance``, and ``label`` gives a key a name.
     ``header`` names what ``row`` tells of a key in the table. ``gradients`` counts the gradient evaluations of a ride.
     """
 
     title: str
+    problem: Any
     step: OptimizerMap
     starts: Tensor
     method: Any

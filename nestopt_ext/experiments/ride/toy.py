@@ -49,9 +49,10 @@ class Toy:
 def toy(config: RideConfig) -> Toy:
     """The game of ``config``."""
     if config.game == "mix":
+        assert config.tau is not None
         known = (Known("far corner", (1.0, 0.5)), *((Known("spiral", (1.403, 1.373)),) if config.tau == 0.25 else ()))
-        return Toy(f"matching pennies {config.tau:g}, prisoner's dilemma {1 - (config.tau or 0):g}",
-                   partial(zoo.mix, config.tau, batch=1), known=known)  # fmt: skip
+        title = f"matching pennies {config.tau:g}, prisoner's dilemma {1 - config.tau:g}"
+        return Toy(title, partial(zoo.mix, config.tau, batch=1), known=known)
     dilemma = (Known("tit-for-tat", (1.0, 1.0)), Known("defection", (1.96, 1.96)))
     return {
         "small-ipd": Toy("small prisoner's dilemma", partial(zoo.small_ipd, batch=1), known=dilemma),
@@ -78,6 +79,7 @@ def toy_study(config: RideConfig) -> Study:
     c = config
     assert c.optimizer and c.lr and c.starts and c.spread and c.steps and c.exponent_steps and c.branch_sizes
     assert c.directions and c.ascent_lr and c.ascent_steps is not None
+    cost, steps, spread, ascents = _COSTS[c.optimizer], c.steps, c.spread, c.ascent_steps + 1
     game = toy(config)
     players = game.make()
     step, plain = _MAPS[c.optimizer](players, c.lr), sgd_map(players, c.lr)
@@ -93,17 +95,18 @@ def toy_study(config: RideConfig) -> Study:
     )
 
     def gradients(archive: Archive) -> int:
-        climbs = len(archive.bifurcations) * (c.ascent_steps + 1)
-        return _COSTS[c.optimizer] * (climbs * exponent_gradients(c, step.num_parameters) + archive.num_steps)
+        climbs = len(archive.bifurcations) * ascents
+        return cost * (climbs * exponent_gradients(c, step.num_parameters) + archive.num_steps)
 
     def equal(archive: Archive) -> int:
         """As many descents as cost what the ride did."""
-        return max(1, gradients(archive) // (_COSTS[c.optimizer] * c.steps))
+        return max(1, gradients(archive) // (cost * steps))
 
     own = (Rival(f"{c.optimizer}, same starts", step, c.steps, lambda _: step.start(starts)),)
     std = max(c.branch_sizes) / math.sqrt(step.num_parameters)
     return Study(
         title=game.title,
+        problem=step,
         step=step,
         starts=starts,
         method=method,
@@ -127,7 +130,7 @@ def toy_study(config: RideConfig) -> Study:
                 "random starts",
                 step,
                 c.steps,
-                lambda archive: anywhere(step, c.spread or 1.0, equal(archive), c.seed + 2),
+                lambda archive: anywhere(step, spread, equal(archive), c.seed + 2),
             ),
         ),
     )

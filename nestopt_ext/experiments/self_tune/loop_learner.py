@@ -18,8 +18,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...hypergrad import BilevelLoop
-from ...response import HyperParameters, Sample, StnDropout, StnModel, StnVariationalDropout
-from ...response._sample import current_value, using
+from ...response import (
+    HyperParameters,
+    Sample,
+    StnDropout,
+    StnModel,
+    StnVariationalDropout,
+    current_value,
+    using_sample,
+)
 from ...solvers import Neumann
 from .learner import Learner
 from .problem import SelfTuningProblem
@@ -155,7 +162,7 @@ class LoopLearner(Learner):
         hparams = self.model.hparams
         if not self.tuned:
             return self.model.at_centre()
-        return using(Sample(None, hparams.natural(hparams.unconstrained.unsqueeze(0))))
+        return using_sample(Sample(None, hparams.natural(hparams.unconstrained.unsqueeze(0))))
 
 
 class _Rest:

@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...response import HyperParameters, StnModel, WeightDecay
-from ...response._sample import current_value
-from ...response.label_smoothing import smoothed_cross_entropy
+from ...response import HyperParameters, StnModel, WeightDecay, current_value, smoothed_cross_entropy
 from .batches import Chunks, Shuffled
 from .config import SelfTuneConfig
 from .space import Dimension, extra, hyper_parameters

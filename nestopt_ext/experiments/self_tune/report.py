@@ -31,7 +31,8 @@ def findings(result: SelfTuneResult) -> list[str]:
     """What a reader must know to read the tables, and what they say."""
     config = result.config
     budget = f"each method {_budget(config.budget)}" if config.budget else f"a training of {config.epochs} epochs"
-    searches = "" if config.budget else f", {config.trials} of them for a search"
+    searched = not config.budget and any(method.method in SEARCHES for method in result.methods)
+    searches = f", {config.trials} of them for a search" if searched else ""
     lines = [
         f"{config.data}, {config.model} of width {config.width}, {len(result.problem.space)} hyperparameters; seed"
         f" {config.seed}; {budget}{searches}.",
