@@ -320,6 +320,45 @@ def test_validation_is_in_evaluation_mode_and_every_module_is_put_back_into_its_
     assert model.module[1].norm.num_batches_tracked == 0
 
 
+def test_a_criterion_with_an_evaluation_mode_validates_in_it():
+    class Criterion(nn.Module):
+        def forward(self, outputs, targets):
+            seen.append(self.training)
+            return F.cross_entropy(outputs, targets)
+
+    seen = []
+    model = network(True)
+    batches = [data()]
+    trainer = DeltaStnTrainer(model, Criterion(), batches, batches, optimizer=sgd, response_optimizer=sgd)
+    trainer.train_step(data())
+    trainer.valid_step(data())
+    trainer.evaluate(batches)
+    trainer.train_step(data())
+    assert seen == [True, True, False, False, True, True]
+
+
+@pytest.mark.parametrize("tune_scales", [True, False])
+def test_a_validation_loss_that_no_layer_responds_in_is_refused(tune_scales):
+    class Bypasses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = DeltaStnLinear(4, 3, num_hparams=2, dtype=F64)
+
+        def forward(self, x):
+            return F.linear(x, self.layer.weight)
+
+    model = StnModel(Bypasses(), network(True).hparams, centred=True)
+    before = [p.clone() for p in model.hparams.parameters()]
+    with pytest.raises(ValueError, match="the validation loss must depend on the hyperparameters"):
+        make(True, model, tune_scales=tune_scales).valid_step(data())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.hparams.parameters(), strict=True))
+
+
+def test_a_run_that_ends_within_its_warmup_says_so():
+    with pytest.warns(RuntimeWarning, match="epochs must be more than warmup_epochs=5"):
+        make(True).fit(2)
+
+
 @pytest.mark.parametrize("delta", [True, False])
 def test_evaluation_is_at_the_centre_and_weighs_batches_by_their_targets(delta):
     trainer = make(delta, metrics={"accuracy": accuracy})
@@ -419,7 +458,7 @@ def test_schedulers_step_in_silence_where_the_warm_up_or_a_resumed_run_took_no_s
 
     parts = make(True, hyper_scheduler=step_lr, scheduler=step_lr, warmup_epochs=2)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)  # of torch
         parts.fit(1, output=tmp_path, should_stop=After(3))  # all batches, and not the end of the epoch
         parts = make(True, hyper_scheduler=step_lr, scheduler=step_lr, warmup_epochs=2)
         parts.fit(1, output=tmp_path, resume=True)

@@ -19,7 +19,7 @@ from .map_jacobian import DENSE_SIZE, Eigenpairs, MapJacobian, leading_eigenpair
 from .maps import OptimizerMap
 
 #: Eigenvalues that differ by no more than this part of the largest are equal.
-_EQUAL = 1e-6
+_EQUAL = {torch.float64: 1e-6, torch.float32: 1e-5}
 
 _ALONG, _FINISHING, _FINISHED = range(3)
 
@@ -95,7 +95,7 @@ class EigenRider(Rider):
     def _expansion(self, state: Tensor, pairs: Eigenpairs, b: int) -> Expansion:
         own = Eigenpairs(pairs.values[b : b + 1], pairs.vectors[b : b + 1])
         values = own.values[0].tolist()
-        margin = _EQUAL * max(map(abs, values))
+        margin = _EQUAL[state.dtype] * max(map(abs, values))
         limit = self._method.num_directions or self._size
         found: list[Direction] = []
         groups: list[complex] = []
@@ -126,9 +126,10 @@ class EigenRider(Rider):
                 pairs = _as_complex(pairs.values.real, real)
         else:
             pairs = ritz_pairs(jacobian, space, self._method.num_products, symmetric=self._symmetric)
+        kind = torch.complex64 if states.dtype == torch.float32 else torch.complex128
         return Eigenpairs(
-            torch.where(finite[:, None], pairs.values, torch.nan),
-            torch.where(finite[:, None, None], pairs.vectors, torch.nan),
+            torch.where(finite[:, None], pairs.values.to(kind), torch.nan),
+            torch.where(finite[:, None, None], pairs.vectors.to(kind), torch.nan),
         )
 
     # ---- rides ----
@@ -148,7 +149,7 @@ class EigenRider(Rider):
         method, rows = self._method, on_their_way(ride)
         basis, dim = ride["basis"][rows], ride["dim"][rows]
         state = ride["state"][rows] + method.step * basis[:, :, 0]
-        unknown = torch.zeros(len(rows), 2, dtype=torch.complex128, device=state.device)
+        unknown = torch.complex(torch.zeros_like(state[:, :2]), torch.zeros_like(state[:, :2]))
         before = Eigenspace(basis, dim, unknown, torch.ones_like(state[:, 0]))
         pairs = self._pairs(state, before)
         space = _followed(pairs, before) if self._symmetric else track(pairs, before)
@@ -223,7 +224,7 @@ def _followed(pairs: Eigenpairs, space: Eigenspace) -> Eigenspace:
     """The line in the space of equal eigenvalues nearest to the one before, where eigenvectors are orthonormal."""
     values, vectors = pairs.values.real, pairs.vectors.real
     along = (space.basis[:, None, :, 0] @ vectors).squeeze(1)  # [N, k]
-    margin = _EQUAL * values.abs().amax(dim=1)[:, None, None]
+    margin = _EQUAL[values.dtype] * values.abs().amax(dim=1)[:, None, None]
     equal = (values[:, :, None] - values[:, None, :]).abs() <= margin
     overlap, best = (equal * along.square()[:, None, :]).sum(dim=2).max(dim=1)
     members = equal.gather(1, best[:, None, None].expand(-1, 1, equal.shape[2])).squeeze(1)

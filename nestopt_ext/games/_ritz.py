@@ -33,7 +33,9 @@ def ritz_pairs(jacobian: MapJacobian, space: Eigenspace, num_products: int, *, s
     small = torch.where(finite[:, None, None], small, 0.0)
     if symmetric:
         values, vectors = torch.linalg.eigh((small + small.mT) / 2)
-        pairs = Eigenpairs(torch.complex(values, torch.zeros_like(values)), vectors.to(torch.complex128))
+        pairs = Eigenpairs(
+            torch.complex(values, torch.zeros_like(values)), torch.complex(vectors, torch.zeros_like(vectors))
+        )
     else:
         pairs = leading_eigenpairs(small, which="smallest_real")
     lifted = basis.to(pairs.vectors) @ pairs.vectors

@@ -21,7 +21,9 @@ class EigenRidges:
     the eigenpair of the Hessian at w that overlaps most with e, its sign kept, until :math:`\lambda \ge 0`, or the
     overlap is below ``min_overlap``, or ``max_steps`` are taken. Where curvature is negative still, the ridges of that
     point are the next branches; elsewhere the ride has found a solution, which ``finish`` leads to its very bottom.
-    Begin at a saddle that keeps as many of the problem's symmetries as may be.
+    Begin at a saddle that keeps as many of the problem's symmetries as may be. Near a saddle the loss falls along a
+    ridge; away from one, one of its two directions climbs, and a loss with negative curvature all the way up wants
+    bounds, such as ``max_depth``.
 
     For a game of several players the Hessian is the Jacobian J of the simultaneous gradient, and negative means a
     negative real part. A complex pair :math:`u \pm i q` has two ridges, u and what q has beside u; its plane is
@@ -32,7 +34,8 @@ class EigenRidges:
         max_steps: steps of one ride along a ridge.
         num_directions: the most ridges of a point, those of most negative curvature. None is all, for which a problem
             may have up to 64 parameters.
-        min_curvature: :math:`\lambda < -` this makes a ridge.
+        min_curvature: :math:`\lambda < -` this makes a ridge. It is to be above what rounding makes of 0,
+            in float32 above all.
         min_overlap: in (0, 1], below which the ridge is lost: the cosine of the angle between e and the eigenspace, of
             equal eigenvalues, where it is found again. For planes see :func:`track`.
         repeated: "one" rides one ridge of each group of equal eigenvalues, which symmetries cause; "all" rides the

@@ -15,6 +15,7 @@ from .._progress import ProgressBar
 from ..optim._arguments import check_real
 from ._eigen_rider import EigenRider, LossGame
 from ._lyapunov_rider import LyapunovRider
+from ._nearest import Nearest
 from ._rides import STATUSES, Expansion, Ride, Rider, on_their_way
 from .archive import Archive, Bifurcation, Branch, Solution
 from .eigen_ridges import EigenRidges
@@ -218,6 +219,9 @@ class _Search:
 
     def run(self) -> None:
         archive = self.archive
+        known = [b for b in archive.bifurcations if b.same_as is None and not b.status.failed]
+        self._places = Nearest(self._bifurcation_distance, [b.state for b in known])
+        self._at_place = [b.id for b in known]
         if not archive.bifurcations:
             assert archive.starts is not None
             starts = range(len(archive.starts))
@@ -313,6 +317,7 @@ class _Search:
     ) -> tuple[list[Solution], list[int | None]]:
         """All solutions with those of a ride, and which of them each branch ended at."""
         found = list(self.archive.solutions)
+        known_keys = Nearest(self._distance, [solution.key for solution in found])
         assigned: list[int | None] = []
         keys = self._keys(ride["state"], ended) if any(solved) else None
         for i, branch in enumerate(ended):
@@ -321,8 +326,9 @@ class _Search:
                 continue
             if not bool(keys[i].isfinite().all()):
                 raise ValueError(f"{self._caller}: key must be finite at a finite state; got {keys[i].tolist()!r:.80}.")
-            same = _nearest(keys[i], [solution.key for solution in found], self._distance)
+            same = known_keys.find(keys[i])
             if same is None:
+                known_keys.add(keys[i])
                 same = len(found)
                 way = self.archive.fingerprint(branch.id)
                 assert branch.end is not None
@@ -362,20 +368,16 @@ class _Search:
         archive._pending = archive._pending + [i for ids in pending for i in ids]
 
     def _bifurcation(self, start: int, parent: int | None, expansion: Expansion) -> Bifurcation:
-        known = [b for b in self.archive.bifurcations if b.same_as is None and not b.status.failed]
         state = expansion.state.detach().cpu().clone()
-        same = None
+        number, same = len(self.archive.bifurcations), None
         if not expansion.status.failed:
-            same = _nearest(state, [b.state for b in known], self._bifurcation_distance)
-        return Bifurcation(
-            len(self.archive.bifurcations),
-            start,
-            parent,
-            state,
-            expansion.values,
-            None if same is None else known[same].id,
-            expansion.status,
-        )
+            place = self._places.find(state)
+            if place is None:
+                self._places.add(state)
+                self._at_place.append(number)
+            else:
+                same = self._at_place[place]
+        return Bifurcation(number, start, parent, state, expansion.values, same, expansion.status)
 
     def _branches(self, here: Bifurcation, expansion: Expansion) -> list[Branch]:
         depth = 1 if here.parent is None else self.archive.branches[here.parent].depth + 1
@@ -390,11 +392,3 @@ class _Search:
                     place = (first + len(branches), here.id, here.start, depth)
                     branches.append(Branch(*place, direction.rank, sign, size, direction.value, vector, partner, begin))
         return branches
-
-
-def _nearest(key: Tensor, keys: list[Tensor], distance: float) -> int | None:
-    """Which of the keys is nearest, None where all are further away than ``distance``."""
-    if not keys:
-        return None
-    nearest, index = (torch.stack(keys) - key).norm(dim=1).min(dim=0)
-    return int(index) if float(nearest) <= distance else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -208,9 +209,14 @@ class ResponseTrainer:
         hparams = self.model.hparams
         size = self._batch_size(batch)
         h = hparams.perturbed(size, self._generator) if self._tune_scales else hparams.unconstrained.unsqueeze(0)
-        with evaluating(self.model), frozen(self.model.module.parameters()), self.model.at(h):
+        with self._evaluating(), frozen(self.model.module.parameters()), self.model.at(h):
             outputs, targets, carry = self._outputs(batch, self._valid_carry)
             loss = self._checked(self._valid_criterion(outputs, targets), "valid_criterion")
+        if not loss.requires_grad:  # the entropy has a gradient all the same, and would tune the scales of nothing
+            raise ValueError(
+                f"{self._caller}: the validation loss must depend on the hyperparameters; got one without a graph to"
+                " them. Call the layers that respond, instead of reading their weights, and detach nothing."
+            )
         entropy = hparams.entropy().to(loss)
         objective = loss - self._entropy_weight * entropy if self._tune_scales else loss
         params = [hparams.unconstrained, *([hparams.raw_scale] if self._tune_scales else [])]
@@ -262,6 +268,11 @@ class ResponseTrainer:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(f"{self._caller}: {name} must return a scalar Tensor, a mean loss; got {got}.")
         return loss
+
+    def _evaluating(self) -> contextlib.AbstractContextManager[None]:
+        """Evaluation mode of the model, and of a criterion that has one."""
+        criterion = self._valid_criterion
+        return evaluating(self.model, *([criterion] if isinstance(criterion, nn.Module) else []))
 
     def _on_device(self, batch: Any) -> Any:
         device = self.model.hparams.unconstrained.device
@@ -361,7 +372,7 @@ class ResponseTrainer:
         weight, carry = 0, None
         before = self._random.get()
         try:
-            with evaluating(self.model), self.model.at_centre():
+            with self._evaluating(), self.model.at_centre():
                 for batch in batches:
                     outputs, targets, carry = self._outputs(self._on_device(batch), carry)
                     size = targets.numel() if isinstance(targets, Tensor) else self._batch_size(batch)
@@ -412,6 +423,13 @@ class ResponseTrainer:
         Raises TrainerDiverged where a loss is not finite (the last checkpoint stays), RuntimeError where ``output``
         holds another run and ``resume`` is False, CheckpointError where a file is damaged or does not fit.
         """
+        if 0 < epochs <= self._warmup_epochs:
+            warnings.warn(
+                f"{self._caller}.fit: epochs must be more than warmup_epochs={self._warmup_epochs} for hyperparameters"
+                f" to move; got {epochs}. They stay where they are.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         plan = _fit.Plan(self._caller, epochs, output, resume, patience, should_stop, on_epoch, checkpoint_every)
         return _fit.run(self, self._files, plan, progress)
 
