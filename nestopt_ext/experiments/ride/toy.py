@@ -115,7 +115,7 @@ def toy_study(config: RideConfig) -> Study:
         distance=game.distance,
         label=partial(_name, game.known, game.distance),
         header=("losses",),
-        row=lambda key: [", ".join(f"{loss:.2f}" for loss in key.tolist())],
+        row=lambda key: [_told(key)],
         gradients=gradients,
         rivals=(
             Rival("gradient descent, same starts", plain, c.steps, lambda _: plain.start(starts)),
@@ -145,4 +145,9 @@ def _name(known: Sequence[Known], distance: float, key: Tensor) -> str:
     for solution in known:
         if float((key - torch.tensor(solution.losses, dtype=key.dtype)).norm()) <= distance:
             return solution.name
-    return f"({', '.join(f'{loss:.2f}' for loss in key.tolist())})"
+    return f"({_told(key)})"
+
+
+def _told(losses: Tensor) -> str:
+    """Losses to two digits; adding 0 takes the sign from a zero."""
+    return ", ".join(f"{round(loss, 2) + 0:.2f}" for loss in losses.tolist())
