@@ -28,6 +28,10 @@ class _Layout:
             self._visit(root, 0)
             self.rows += 1  # a gap between starts
 
+    def goes_on(self, branch: Branch) -> bool:
+        """Whether there are branches at its end."""
+        return branch.id in self._onward
+
     def _visit(self, place: Bifurcation, depth: int) -> float:
         self.depths[place.id] = depth
         below = [self._ride(branch, depth) for branch in self._children[place.id]]
@@ -56,9 +60,12 @@ def draw(axes: Any, result: RideResult) -> None:
     for branch in archive.branches:
         depth, here = layout.depths[branch.bifurcation], layout.bifurcations[branch.bifurcation]
         y, colour = layout.branches[branch.id], NOTHING if branch.solution is None else colour_of[branch.solution]
-        axes.plot([depth, depth + 0.25, depth + 0.9], [here, y, y], color=colour, lw=1.3, zorder=2)
-        marker = "x" if branch.solution is None else "*"
-        axes.plot(depth + 0.9, y, marker=marker, ms=8, color=colour, ls="none", zorder=4)
+        goes_on = layout.goes_on(branch)
+        end = depth + 1 if goes_on else depth + 0.9
+        axes.plot([depth, depth + 0.25, end], [here, y, y], color=colour, lw=1.3, zorder=2)
+        if branch.solution is not None or not goes_on:
+            marker = "x" if branch.solution is None else "*"
+            axes.plot(depth + 0.9, y, marker=marker, ms=8, color=colour, ls="none", zorder=4)
         if layout.rows <= _LABELLED:
             axes.text(depth + 0.27, y, _label(branch), fontsize=6.5, color="0.3", va="bottom")
     for place in archive.bifurcations:
