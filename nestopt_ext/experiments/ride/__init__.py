@@ -1,9 +1,9 @@
 """Rides: branches that find many solutions of a game, beside descents that get as many gradients.
 
-`ride` (``python -m nestopt_ext ride --game ...``) is `nestopt_ext.games.ridge_rider` on games whose solutions are known:
-toy games of two players, from where neighbours part fastest; a polynomial and a network, along the ridges of a saddle;
-a small GAN. Rivals are plain descents: from the same starts, from the places of branching with noise in place of
-directions, and from random starts, the last two with as many gradient evaluations as the whole ride took.
+`ride` (``python -m nestopt_ext ride --game ...``) is `nestopt_ext.games.ridge_rider` on games whose solutions are
+known: toy games of two players, from where neighbours part fastest; a polynomial and a network, along the ridges of a
+saddle; a small GAN. Rivals are plain descents: from the same starts, from the places of branching with noise in place
+of directions, and from random starts, the last two with as many gradient evaluations as the whole ride took.
 
 What to expect with the default settings (solutions are told apart by losses, position, features or modes):
 
@@ -30,10 +30,10 @@ gan, 0 and 1           5 and 7 sets of modes in 8 branches              gradient
                                                                         directions: 6 and 7 in 11
 =====================  ===============================================  ================================================
 
-So ridges are worth most where directions are many and descent prefers one of them: noise finds the blue feature
-once in 110 descents, and the shallow third of the minima never. In games of two numbers random restarts find as much; a ride says where the border
-is. On the GAN leading exponents are no better than random displacements of the same length: every small push at the
-start decides which modes are dropped.
+So ridges are worth most where directions are many and descent prefers one of them: noise finds the blue feature once
+in 110 descents, and the shallow third of the minima never. In games of two numbers random restarts find as much; a ride
+says where the border is. On the GAN leading exponents are no better than random displacements of the same length: every
+small push at the start decides which modes are dropped.
 
 Source: Parker-Holder et al., Ridge Rider (2020), with its study of coloured digits, and Lorraine et al., Lyapunov
 exponents for diversity in differentiable games (2022); the polynomial, the pictures, the GAN and the measures are ours.
