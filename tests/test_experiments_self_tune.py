@@ -15,6 +15,7 @@ from nestopt_ext.experiments.config import ConfigError
 from nestopt_ext.experiments.self_tune import METHODS, Budget, SelfTuneConfig, SelfTuneError, make_problem, self_tune
 from nestopt_ext.experiments.self_tune.course import Course
 from nestopt_ext.experiments.self_tune.loop_learner import LoopLearner
+from nestopt_ext.experiments.self_tune.report import findings
 from nestopt_ext.experiments.self_tune.response_learner import ResponseLearner
 from nestopt_ext.experiments.tune import Interrupted
 
@@ -182,6 +183,13 @@ def test_what_implicit_differentiation_cannot_move_is_named_and_stays():
     assert {name for name in start if start[name] != end[name]} == {f"dropout{i}" for i in (1, 2, 3)} | {
         "input_dropout"
     }
+
+
+def test_a_run_that_ends_within_its_warmup_says_so():
+    config = dataclasses.replace(TINY, method=("delta-stn", "fixed"), epochs=2, warmup=2)
+    told = [line for line in findings(self_tune(config)) if "--warmup" in line]
+    assert len(told) == 1 and told[0].startswith("Delta-STN: moved nothing")
+    assert not any("--warmup" in line for line in findings(self_tune(TINY)))
 
 
 def test_a_hypernetwork_that_is_too_large_is_skipped_with_the_reason(monkeypatch):

@@ -44,6 +44,11 @@ def findings(result: SelfTuneResult) -> list[str]:
             lines.append(f"{LABELS[method.method]}: skipped, {method.skipped}.")
         elif method.fixed:
             lines.append(f"{LABELS[method.method]}: cannot move {', '.join(method.fixed)}, which stay at their start.")
+        elif method.method not in (*SEARCHES, "fixed") and method.epochs <= config.warmup:
+            lines.append(
+                f"{LABELS[method.method]}: moved nothing, since it ended within --warmup {config.warmup}. Lower that,"
+                " or raise --epochs or --budget."
+            )
     sound = [method for method in result.methods if not method.skipped]
     if len(sound) > 1:
         ranked = sorted(sound, key=lambda method: float(method.best["valid_loss"]))
