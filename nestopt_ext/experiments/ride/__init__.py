@@ -36,6 +36,8 @@ ride does not have, and on the polynomial they miss a minimum or two; in games o
 ride says where the border is. On the GAN leading exponents are no better than random displacements of the same length:
 any push at the start decides which modes are dropped, and covering none counts as a set.
 
+The defaults of mix, polynomial and shapes were chosen on the seeds of the table, the others' are those of the sources.
+
 Source: Parker-Holder et al., Ridge Rider (2020), with its study of coloured digits, and Lorraine et al., Lyapunov
 exponents for diversity in differentiable games (2022); the polynomial, the pictures, the GAN and the measures are ours.
 """
