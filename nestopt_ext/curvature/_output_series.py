@@ -36,21 +36,22 @@ def neumann_sum(
     with recording.reading():
         home = v[0].device
         step = alpha.detach().to(_lists.scalar_dtype(home))
-        scaled = middle.scaled(-step)
+        middle_product = middle.scaled(-step).for_products(num_terms)
         kept = None if damping == 0 else 1 - step * damping
         start = recording.tape.jvp(v)
         images = torch.stack([start.reshape(-1)] * 2)  # y_0 and y_j
         y = images[1].view(start.shape)
         w, total = torch.zeros_like(y), torch.zeros_like(y)
         dots = torch.zeros((num_terms + 1, 2), dtype=step.dtype, device=home)
-        for j in range(1, num_terms + 1):
-            u = scaled.product(y)
+        along = w.view(1, -1)
+        for dot in dots.unbind()[1:]:
+            u = middle_product(y)
             if kept is not None:
                 torch._foreach_mul_((w, y), kept)
-            w += u
-            total += w
-            y += kernel.product(u)
-            _ops.row_dot_(dots[j], images, w.view(1, -1))
+            w.add_(u)
+            total.add_(w)
+            y.add_(kernel.product(u))
+            _ops.row_dot_(dot, images, along)
         q = torch.ones_like(step) if kept is None else kept
         powers = q ** torch.arange(num_terms + 1, dtype=step.dtype, device=home)
         sq_norms = powers.square() * _lists.norm(v).square() + powers * dots[:, 0] + dots[:, 1]

@@ -4,8 +4,9 @@ estimated from sizes alone.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -116,16 +117,15 @@ class Loop:
 
 @dataclass(frozen=True)
 class InOutputs:
-    """Seconds before and with each term, but for what ``layers`` multiply in so many terms, and bytes."""
+    """Seconds before and with each term, and bytes; ``layers`` give what is made of params in so many terms."""
 
     start: float
     term: float
-    layers: Sequence[Callable[[int], int]]
-    macs: float
+    layers: Sequence[Callable[[int], float]]
     memory: int
 
     def time(self, num_terms: int) -> float:
-        return self.start + num_terms * self.term + sum(layer(num_terms) for layer in self.layers) / self.macs
+        return self.start + num_terms * self.term + sum(layer(num_terms) for layer in self.layers)
 
 
 @dataclass(frozen=True)
@@ -142,10 +142,11 @@ class Dual:
         return (0.0 if built else self.build) + self.solve + num_terms * self.term
 
 
-class _Sizes:
+class Sizes:
     """What the nodes of a tape multiply in all, and how many there are."""
 
     def __init__(self, tape: Tape, params: TensorList) -> None:
+        self.tape, self.params = tape, params
         self.device = _device(params[0].device)
         self.itemsize = params[0].element_size()
         self.size = _lists.numel(params) * self.itemsize
@@ -161,31 +162,42 @@ class _Sizes:
         """Seconds of J and J', each once."""
         return (
             2 * (self.with_params + self.with_operands) / self.device.macs
-            + 5 * self.size / self.device.bytes
-            + (_OF_NODE * self.nodes + _OF_PARAM * self.count) * self.device.overhead
+            + self.of_params(self.size, self.count)
+            + _OF_NODE * self.nodes * self.device.overhead
         )
 
+    def of_params(self, size: int, count: int) -> float:
+        """Seconds for ``count`` params of so many bytes in a product, besides multiplications."""
+        return 5 * size / self.device.bytes + _OF_PARAM * count * self.device.overhead
 
-def loop_costs(tape: Tape, params: TensorList) -> Loop:
+
+def loop_costs(sizes: Sizes) -> Loop:
     """Estimates for products one by one, from what the nodes say of their multiplications."""
-    sizes = _Sizes(tape, params)
     return Loop(sizes.product(), 2 * sizes.size)
 
 
-def outputs_costs(tape: Tape, params: TensorList) -> InOutputs:
+def outputs_costs(sizes: Sizes) -> InOutputs:
     """Estimates for products in the space of the outputs."""
-    sizes = _Sizes(tape, params)
-    device, outputs = sizes.device, tape.outputs.numel() * sizes.itemsize
-    kept = [_kept_for_kernel(node, params[slot]) for node, slot in sizes.uses]
+    device, outputs = sizes.device, sizes.tape.outputs.numel() * sizes.itemsize
+    kept = [_kept_for_kernel(node, sizes.params[slot]) for node, slot in sizes.uses]
     return InOutputs(
         start=sizes.product() + (_OF_NODE * sizes.nodes + _OF_OUTPUTS_SERIES) * device.overhead,
         term=2 * sizes.with_operands / device.macs
         + 20 * outputs / device.bytes
         + (_OF_NODE * sizes.nodes + _OF_OUTPUTS_TERM) * device.overhead,
-        layers=[node.macs_through_params for node in sizes.layers],
-        macs=device.macs,
+        layers=[functools.partial(_through_params, sizes, node) for node in sizes.layers],
         memory=sum(kept) * sizes.itemsize + 6 * outputs,
     )
+
+
+def _through_params(sizes: Sizes, node: Node, num_terms: int) -> float:
+    """Seconds that the params of a layer take in so many terms; as much as in the loop where gradients are formed."""
+    macs, forms_gradients = node.macs_through_params(num_terms)
+    seconds = macs / sizes.device.macs
+    if forms_gradients:
+        own = [sizes.params[slot] for n, slot in sizes.uses if n is node]
+        seconds += num_terms * sizes.of_params(_lists.numel(own) * sizes.itemsize, len(own))
+    return seconds
 
 
 def _kept_for_kernel(node: Node, param: Tensor) -> int:
@@ -196,11 +208,10 @@ def _kept_for_kernel(node: Node, param: Tensor) -> int:
     return rows * param.shape[0] + min(rows * rows, param.numel())
 
 
-def dual_costs(tape: Tape, params: TensorList, batch: int, rank: int) -> Dual:
+def dual_costs(sizes: Sizes, batch: int, rank: int) -> Dual:
     """Estimates for ``rank`` rows of each of ``batch`` examples."""
-    sizes = _Sizes(tape, params)
     device, itemsize, rows = sizes.device, sizes.itemsize, rank * batch
-    found = [_gram_of(node, params[slot], batch, rows) for node, slot in sizes.uses]
+    found = [_gram_of(node, sizes.params[slot], batch, rows) for node, slot in sizes.uses]
     of_gram, kept = sum(macs for macs, _ in found), sum(elements for _, elements in found)
     matrix = rows * rows * itemsize
     deltas = _OF_DELTAS if rank == 1 else _OF_MANY_DELTAS
@@ -248,42 +259,46 @@ class Costs:
             found["dual"] = self.dual.time(num_terms, built)
         return found
 
+    def free(self, built: bool) -> Costs:
+        """Those of the ways that may be chosen freely."""
+        dual = self.dual
+        if dual is None or dual.memory <= _MOST_BYTES or built:
+            return self
+        return replace(self, dual=None, no_dual=f"{dual.rows} rows would take more than {_MOST_BYTES // 2**20} MiB")
+
+    def fastest(self, num_terms: int, built: bool) -> Way:
+        """The way that is estimated to be, the loop where several are."""
+        times = self.times(num_terms, built)
+        return min(times, key=times.__getitem__)
+
     def break_even(self, built: bool) -> int | None:
         """The smallest number of products for which the loop is not the fastest way."""
-
-        def passed(num_terms: int) -> bool:
-            return _fastest(self.times(num_terms, built)) != "loop"
-
+        # Once it is not it stays so: what a term costs elsewhere falls with their number.
         most = 1
-        while not passed(most):  # once passed it stays so: what a term costs elsewhere falls with their number
+        while self.fastest(most, built) == "loop":
             most *= 2
             if most > _MOST_TERMS:
                 return None
         least = most // 2
         while most - least > 1:
             middle = (least + most) // 2
-            least, most = (least, middle) if passed(middle) else (middle, most)
+            least, most = (middle, most) if self.fastest(middle, built) == "loop" else (least, middle)
         return most
 
 
-def _fastest(times: dict[Way, float]) -> Way:
-    return min(times, key=times.__getitem__)
+def chosen(num_terms: int, route: Route, costs: Costs, built: bool) -> Way:
+    """The way that is gone in a recorded model; ``built`` says whether the span of the rows is there already."""
+    return costs.free(built).fastest(num_terms, built) if route == "auto" else route
 
 
-def chosen(num_terms: int, route: Route, costs: Costs, built: bool) -> Plan:
-    """The plan for a recorded model; ``built`` says whether the span of the rows is there already."""
-    dual, why = costs.dual, costs.no_dual
-    if dual is not None and dual.memory > _MOST_BYTES and not built and route != "dual":
-        why = f"{dual.rows} rows would take more than {_MOST_BYTES // 2**20} MiB"
-    free = costs if why is None else Costs(costs.loop, costs.outputs, None, why)
-    choice, reason = _fastest(free.times(num_terms, built)), "estimated to be faster"
-    if why is not None:
-        reason += f"; no dual route: {why}"
-    if route != "auto":
-        choice, reason = route, "as route says"
-    times = costs.times(num_terms, built)
+def planned(num_terms: int, route: Route, costs: Costs, built: bool) -> Plan:
+    """The same with all estimates."""
+    free, reason = costs.free(built), "as route says"
+    if route == "auto":
+        reason = "estimated to be faster" + ("" if free.no_dual is None else f"; no dual route: {free.no_dual}")
+    times, dual = costs.times(num_terms, built), costs.dual
     return Plan(
-        choice,
+        chosen(num_terms, route, costs, built),
         reason,
         num_terms,
         None if dual is None else dual.rows,

@@ -14,7 +14,7 @@ from .. import _lists
 from .._types import TensorList
 from ._dual import DualSpace
 from ._examples import Examples, find_examples
-from ._plan import MAX_DUAL_ROWS, Costs, Plan, Route, chosen, dual_costs, loop_costs, outputs_costs
+from ._plan import MAX_DUAL_ROWS, Costs, Plan, Route, Sizes, Way, chosen, dual_costs, loop_costs, outputs_costs, planned
 from ._recording import Jacobian, Recording
 from ._tangent_kernel import TangentKernel
 from ._tape import MixesExamples
@@ -67,22 +67,30 @@ class Routes:
             raise ValueError(f"{caller}: route must not be 'outputs' here: {refusal}. Use route='auto'.")
 
     def plan(self, num_terms: int) -> Plan:
-        """Which way a series goes."""
-        self._ask()
-        costs = self._costs
+        """Which way a series goes, and why."""
+        costs = self._known_costs()
         if costs is None:
             return Plan("loop", self.reason or "", num_terms)
-        if self.reason is not None and costs.no_dual is None:
+        return planned(num_terms, self._route, costs, self._space is not None)
+
+    def _way(self, num_terms: int) -> Way:
+        costs = self._known_costs()
+        return "loop" if costs is None else chosen(num_terms, self._route, costs, self._space is not None)
+
+    def _known_costs(self) -> Costs | None:
+        self._ask()
+        costs = self._costs
+        if costs is not None and costs.no_dual != self.reason:  # a layer turned out to have no rows
             self._costs = costs = replace(costs, dual=None, no_dual=self.reason)
-        return chosen(num_terms, self._route, costs, self._space is not None)
+        return costs
 
     def for_series(self, num_terms: int) -> DualSpace | None:
         """The span of the rows, where a series is faster in it."""
-        return self.space() if self.plan(num_terms).route == "dual" else None
+        return self.space() if self._way(num_terms) == "dual" else None
 
     def for_outputs(self, num_terms: int) -> tuple[Recording, TangentKernel] | None:
         """J and J J', where a series is faster in the space of the outputs."""
-        if self.plan(num_terms).route != "outputs":
+        if self._way(num_terms) != "outputs":
             return None
         assert self._recording is not None
         kept = self._kernel  # once: another thread may put another one there
@@ -149,21 +157,22 @@ class Routes:
             self.reason = self._goes_by_autograd()
             return
         tape, dual = jacobian.tape, None
+        sizes = Sizes(tape, self._params)
         try:
             if tape.opaque:
                 raise MixesExamples(f"there is no rule for {', '.join(tape.opaque)}")
             examples = find_examples(tape)
             rank = _rank(middle, examples)
             self._rows = rank * examples.batch
-            dual = dual_costs(tape, self._params, examples.batch, rank)
+            dual = dual_costs(sizes, examples.batch, rank)
             self._make = lambda: DualSpace(jacobian, examples, middle)
         except MixesExamples as error:
             self.reason = str(error)
         outputs = None
         if self._no_outputs((jacobian, middle)) is None:
             self._recording = jacobian
-            outputs = outputs_costs(tape, self._params)
-        self._costs = Costs(loop_costs(tape, self._params), outputs, dual, self.reason)
+            outputs = outputs_costs(sizes)
+        self._costs = Costs(loop_costs(sizes), outputs, dual, self.reason)
 
 
 def _rank(middle: LossHessian, examples: Examples) -> int:

@@ -22,6 +22,9 @@ class TangentKernel:
     def __init__(self, tape: Tape, num_uses: int) -> None:
         self.num_uses = num_uses
         self._tape = tape
+        self._output = tape.output_slot
+        # By slot; the last one is for constants, whose slot is -1.
+        self._nothing: list[Tensor | None] = [None] * (tape.num_slots + 1)
         uses = Counter(node.slots[i] for node in tape.nodes for i in node.wanted)
         self._backward = []
         self._forward = []
@@ -38,10 +41,10 @@ class TangentKernel:
         tape = self._tape
         if not tape.nodes:  # the output is one of the params
             return u.clone()
-        left: list[Tensor | None] = [None] * tape.num_slots
-        left[tape.output_slot] = u
-        pull_back(self._backward, left, [False] * tape.num_slots, True)
-        found = [*left[: tape.num_params], *[None] * (tape.num_slots - tape.num_params + 1)]
+        left, found = self._nothing.copy(), self._nothing.copy()
+        left[self._output] = u
+        pull_back(self._backward, left, [False] * len(left), True)
+        found[: tape.num_params] = left[: tape.num_params]
         for jvp, through, output, slots, dead in self._forward:
             tangents = [found[s] for s in slots]
             if through is None:
@@ -52,6 +55,6 @@ class TangentKernel:
                 found[output] = through(tangents, cotangent)
             for slot in dead:
                 found[slot] = None
-        result = found[tape.output_slot]
+        result = found[self._output]
         assert result is not None
         return result.clone() if tape.nodes[-1].shares_memory else result

@@ -97,9 +97,11 @@ class Node:
 
         return pushed
 
-    def macs_through_params(self, num_uses: int) -> int:
-        """Multiplications of so many calls of :meth:`through_params`, those that they share included."""
-        return 2 * num_uses * self.macs
+    def macs_through_params(self, num_uses: int) -> tuple[int, bool]:
+        """Multiplications of so many calls of :meth:`through_params`, those that they share included, and whether each
+        call forms gradients.
+        """
+        return 2 * num_uses * self.macs, True
 
     def batch_dim(self, dims: Sequence[int | None], batch: int) -> int | None:
         """Which dimension of the result runs over the ``batch`` examples, from those of the operands; None for none.

@@ -22,6 +22,9 @@ from .._tape import (
     value_of,
 )
 
+#: Multiplications in the time of the calls that a gradient takes beyond those of a product with a matrix.
+_MORE_CALLS = 2**18
+
 
 class Linear(Node):
     """x W' + b over the last dimension of x."""
@@ -66,19 +69,22 @@ class Linear(Node):
     def through_params(self, own: Sequence[int], num_uses: int) -> ThroughParams:
         """By the inner products of the rows of x, plus 1 for a bias, where that is less than the gradient itself."""
         whole = all(i in own for i in self.wanted if i > 0)
-        if 1 not in own or not whole or self._macs_by_rows(num_uses) >= super().macs_through_params(num_uses):
+        if 1 not in own or not whole or not self._goes_by_rows(num_uses):
             return super().through_params(own, num_uses)
         gram = torch.mm(self._rows, self._rows.t())
         if 2 in own:
             gram += 1
+        turned, shape = self.weight.t(), self._rows.shape
+
+        def of_rows(of_x: Tensor | None, cotangent: Tensor) -> Tensor:
+            return torch.mm(gram, cotangent) if of_x is None else torch.mm(of_x, turned).addmm_(gram, cotangent)
 
         def pushed(tangents: list[Tensor | None], cotangent: Tensor) -> Tensor:
-            of_x, rows = tangents[0], cotangent.reshape(len(gram), -1)
-            if of_x is None:
-                result = torch.mm(gram, rows)
-            else:
-                result = torch.mm(of_x.reshape(self._rows.shape), self.weight.t()).addmm_(gram, rows)
-            return result.view(cotangent.shape)
+            of_x = tangents[0]
+            if cotangent.dim() == 2:
+                return of_rows(of_x, cotangent)
+            of_x = None if of_x is None else of_x.reshape(shape)
+            return of_rows(of_x, cotangent.reshape(shape[0], -1)).view(cotangent.shape)
 
         return pushed
 
@@ -87,9 +93,14 @@ class Linear(Node):
         found: int = rows * rows * (width + num_uses * self.weight.shape[0])
         return found
 
-    def macs_through_params(self, num_uses: int) -> int:
-        """The lesser of the two ways."""
-        return min(super().macs_through_params(num_uses), self._macs_by_rows(num_uses))
+    def _goes_by_rows(self, num_uses: int) -> bool:
+        return self._macs_by_rows(num_uses) < num_uses * (2 * self.macs + _MORE_CALLS)
+
+    def macs_through_params(self, num_uses: int) -> tuple[int, bool]:
+        """Of the way that is chosen."""
+        if self._goes_by_rows(num_uses):
+            return self._macs_by_rows(num_uses), False
+        return super().macs_through_params(num_uses)
 
     def batch_dim(self, dims: Sequence[int | None], batch: int) -> int | None:
         """That of x, unless it is the one that is summed over."""
