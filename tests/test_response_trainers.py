@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import math
 import signal
 import warnings
 
@@ -19,6 +20,7 @@ from nestopt_ext._checkpoint import CheckpointError
 from nestopt_ext.response import (
     DeltaStnLinear,
     DeltaStnTrainer,
+    EpochRecord,
     HyperParameters,
     StnLinear,
     StnModel,
@@ -27,6 +29,7 @@ from nestopt_ext.response import (
     accuracy,
     current_sample,
     plot_history,
+    plots,
 )
 from nestopt_ext.response._trainer_options import TrainerOptions
 
@@ -991,6 +994,24 @@ def test_the_picture_of_a_run(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run.png"]
     with pytest.raises(ValueError, match="plot_history: history must hold at least one epoch; got none"):
         plot_history([], tmp_path / "none.png")
+
+
+@pytest.mark.parametrize(
+    ("shape", "labels"),
+    [((), None), ((3,), ["0", "1", "2"]), ((2, 2), ["0,0", "0,1", "1,0", "1,1"]), ((11,), ["range", "median of 11"])],
+)
+def test_the_lines_of_a_picture_are_told_apart(shape, labels):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    values = torch.arange(float(math.prod(shape))).reshape(shape).tolist()
+    history = [EpochRecord(e, e, {}, {"loss": 1.0}, {}, {"a": values}, {}, 0.0) for e in (1, 2)]
+    axes = Figure().add_subplot()
+    plots._path(axes, history, "a")
+    legend = axes.get_legend()
+    assert labels == (None if legend is None else [text.get_text() for text in legend.get_texts()])
+    lines = axes.get_lines()
+    assert len({line.get_color() for line in lines}) == len(lines) == (len(labels) if labels and shape != (11,) else 1)
 
 
 def test_a_picture_without_matplotlib_says_what_is_missing(tmp_path, monkeypatch):
