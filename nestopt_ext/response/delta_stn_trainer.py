@@ -29,7 +29,9 @@ class DeltaStnTrainer(ResponseTrainer):
     with :math:`h_b' = h + \text{softplus}(r) \, \epsilon_b`, another one for each example; ``train_steps`` times both,
     one after the other on one batch, then ``valid_steps`` times :meth:`valid_step`; and again. During the first
     ``warmup_epochs`` epochs h is perturbed as later, but stays. Both steps of a batch augment it and drop units anew,
-    the first by h, the second by :math:`h_b'`. The second moves no general weight and no running statistics.
+    the first by h, the second by :math:`h_b'`. The second moves no general weight and no running statistics. In the
+    first one LSTMs are torch's kernels, which on a GPU can be differentiated only once: for a regularizer that
+    differentiates itself, as a gradient penalty, convert them with ``fused=False``.
 
     Args:
         model: made by ``to_delta_stn``, on its device; batches are moved there.
@@ -104,7 +106,7 @@ class DeltaStnTrainer(ResponseTrainer):
         """
         batch = self._on_device(batch)
         self._batch_size(batch)
-        train_loss, carry = self._weights_step(batch, self.model.at_centre())
+        train_loss, carry = self._weights_step(batch, self.model.at_centre(first_order=True))
         response_loss = self._response_step(batch)
         self._carry = carry
         return {"train_loss": train_loss, "response_loss": response_loss}
