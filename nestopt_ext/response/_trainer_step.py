@@ -71,6 +71,19 @@ def frozen(params: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def restored_on_failure(part: nn.Module) -> Iterator[None]:
+    """Buffers of ``part``, as running statistics, are what they were where an exception leaves the block."""
+    held = [(m._buffers, name, b, b.clone()) for m in part.modules() for name, b in m._buffers.items() if b is not None]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for buffers, name, buffer, before in held:
+                buffers[name] = buffer.copy_(before)
+        raise
+
+
+@contextlib.contextmanager
 def evaluating(*parts: nn.Module) -> Iterator[None]:
     """Evaluation mode, and afterwards for every module the mode it was in."""
     modes = [(m, m.training) for part in parts for m in part.modules()]
