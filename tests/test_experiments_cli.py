@@ -347,6 +347,20 @@ def test_sigterm_stops_as_ctrl_c_does(tmp_path):
     assert code == 143 and "--resume" in errors and "Traceback" not in errors
 
 
+@pytest.mark.parametrize(
+    "arguments", [["info"], ["tune", *SMALL], ["games", "bilinear", "--quick"]], ids=lambda a: a[0]
+)
+def test_a_reader_that_goes_away_is_no_fault_of_the_run(tmp_path, arguments):
+    """As in `... | head -1`: nothing is said, the code is that of SIGPIPE, and what the run leaves is whole."""
+    output = [] if arguments == ["info"] else ["--output", str(tmp_path)]
+    process = subprocess.Popen(
+        command(*arguments, *output), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(timeout=100) == 128 + signal.SIGPIPE
+    assert not output or list(tmp_path.glob("*.png"))
+
+
 def test_overwrite_without_output_replaces_the_default_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run("tune", *SMALL) == 0

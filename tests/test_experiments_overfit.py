@@ -112,6 +112,10 @@ def test_checkpoint_of_another_run_is_refused(tmp_path, whole):
     for change in ({"seed": 1}, {"inner_lr": 0.02}, {"width": 9}, {"model": "linear"}):
         with pytest.raises(CheckpointError, match=r"checkpoint\.pt: does not fit this loop"):
             overfit(dataclasses.replace(TINY, **change), tmp_path, resume=True)
+    with pytest.raises(
+        CheckpointError, match=rf"was made with seed {TINY.seed}, but the configuration to resume has 1"
+    ):
+        overfit(dataclasses.replace(TINY, seed=1), tmp_path, resume=True)
     with pytest.raises(RuntimeError, match="must not be there when a run begins"):
         overfit(TINY, tmp_path)
     assert content(tmp_path) == before
