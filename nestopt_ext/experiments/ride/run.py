@@ -2,7 +2,6 @@
 
 import contextlib
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -104,20 +103,17 @@ class _Run:
         self._stage("ride")
         done = self.archive.num_steps
         try:
-            with warnings.catch_warnings():
-                # At a minimum eigenvalues crowd at 0: whether one is well below is known long before all are precise.
-                warnings.filterwarnings("ignore", "spectrum: .* must converge", RuntimeWarning)
-                ridge_rider(
-                    study.problem,
-                    study.starts,
-                    study.method,
-                    key=study.key,
-                    distance=study.distance,
-                    archive=self.archive,
-                    should_stop=self._asked,
-                    on_batch=self._save_now,
-                    **study.options,
-                )
+            ridge_rider(
+                study.problem,
+                study.starts,
+                study.method,
+                key=study.key,
+                distance=study.distance,
+                archive=self.archive,
+                should_stop=self._asked,
+                on_batch=self._save_now,
+                **study.options,
+            )
         except ValueError as error:
             if not done:
                 raise

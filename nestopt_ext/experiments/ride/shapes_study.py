@@ -13,8 +13,9 @@ from .study import Rival, Study
 _RIDGE_STEPS = 100
 #: Curvature that is not ridden: what is left in the other channels where a ridge turns up is below, the saddle's above.
 _LEAST_CURVATURE = 0.3
-#: Products of a search for leading eigenpairs, about, and of a step along a ridge; each counts as two gradients.
-_SEARCH, _FOLLOW = 200, 10
+#: Products of a search for ridges, of a look whether an end is a minimum, about, and of a step along a ridge; each
+#: counts as two gradients.
+_SEARCH, _LOOK, _FOLLOW = 65, 25, 10
 
 
 def shapes_study(config: RideConfig) -> Study:
@@ -28,17 +29,16 @@ def shapes_study(config: RideConfig) -> Study:
     method = EigenRidges(
         step=c.step_size,
         max_steps=_RIDGE_STEPS,
-        # Every eigenvalue occurs once for each unit but one.
-        num_directions=c.directions * max(1, c.width - 1),
+        num_directions=c.directions,
         min_curvature=_LEAST_CURVATURE,
         finish=c.lr,
         finish_steps=c.steps,
     )
 
     def gradients(archive: Archive) -> int:
-        searches = len(archive.bifurcations) + 2 * len(archive.branches)
+        found = _SEARCH * len(archive.bifurcations) + 2 * _LOOK * len(archive.branches)
         along = archive.num_steps - sum(min(branch.steps, steps) for branch in archive.branches)
-        return archive.num_steps + 2 * (_SEARCH * searches + _FOLLOW * along)
+        return archive.num_steps + 2 * (found + _FOLLOW * along)
 
     def equal(archive: Archive) -> int:
         return max(1, gradients(archive) // steps)
