@@ -156,6 +156,11 @@ class Archive:
         """Whether there was a ride and nothing is left to be ridden."""
         return self.starts is not None and bool(self.bifurcations) and not self.pending
 
+    @property
+    def along_ridges(self) -> bool:
+        """Whether branches were ridden along ridges, as :class:`EigenRidges` does, not by steps of a map."""
+        return self._settings.get("method") == "EigenRidges"
+
     def path(self, branch: int) -> list[Branch]:
         """The branches from a start to the given one, which is the last."""
         way: list[Branch] = []

@@ -14,12 +14,15 @@ from ..._json_log import JsonLog
 from ...games import Archive, ridge_rider
 from ..run_folder import CHECKPOINT, LOG
 from ..tune import Interrupted, Progress
-from .config import RideConfig
+from .config import TOY_GAMES, RideConfig
+from .gan import gan_study
+from .polynomial import polynomial_study
 from .report import findings
 from .results import Ends, RideResult
 from .rivals import descend
-from .studies import make_study
-from .study import Rival
+from .shapes import shapes_study
+from .study import Rival, Study
+from .toy import toy_study
 
 #: Seconds of riding between checkpoints; an interrupt writes one at once.
 _CHECKPOINT_SECONDS = 10.0
@@ -46,6 +49,13 @@ def ride(
     config = config.resolved()
     with _one_thread():
         return _Run(config, output, resume, should_stop, progress).run()
+
+
+def make_study(config: RideConfig) -> Study:
+    """The study of a configuration that is resolved."""
+    if config.game in TOY_GAMES:
+        return toy_study(config)
+    return {"polynomial": polynomial_study, "shapes": shapes_study, "gan": gan_study}[config.game](config)
 
 
 def num_pieces(config: RideConfig) -> int:
