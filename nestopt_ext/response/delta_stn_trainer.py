@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ._trainer_options import TrainerOptions, with_options_of
-from ._trainer_step import frozen
+from ._trainer_step import buffers_restored, frozen
 from .model import StnModel
 from .trainer import Criterion, OptimizerFactory, ResponseTrainer, sgd
 
@@ -88,8 +88,9 @@ class DeltaStnTrainer(ResponseTrainer):
         super().__init__(model, criterion, train_batches, valid_batches, train_steps=train_steps, **options)
 
     def _weights(self, optimizer: OptimizerFactory) -> dict[str, tuple[Iterable[nn.Parameter], OptimizerFactory]]:
+        self._general = list(self.model.general_parameters())
         return {
-            "optimizer": (self.model.general_parameters(), optimizer),
+            "optimizer": (self._general, optimizer),
             "response_optimizer": (self.model.response_parameters(), self._response_optimizer or sgd),
         }
 
@@ -112,8 +113,7 @@ class DeltaStnTrainer(ResponseTrainer):
         return {"train_loss": train_loss, "response_loss": response_loss}
 
     def _response_step(self, batch: Any) -> float:
-        general = self.model.general_parameters()
         sample = self.model.at(self._perturbed(batch), linearized=self._linearize)
-        with frozen(general), self.model.fixed_buffers(), sample:
+        with frozen(self._general), buffers_restored(self._modules, on_failure_only=False), sample:
             loss, _ = self._fitting_loss(batch, self._carry)
             return self._descend("the loss of the response", "response_optimizer", loss)

@@ -34,7 +34,7 @@ from ._trainer_arguments import (
     made_optimizer,
     made_schedulers,
 )
-from ._trainer_step import descend, evaluating, frozen, restored_on_failure
+from ._trainer_step import buffers_restored, descend, evaluating, frozen
 from .model import StnModel
 
 #: (model, batch, carry) -> (outputs, targets, carry); what is carried reaches the next batch.
@@ -129,6 +129,7 @@ class ResponseTrainer:
         check_metrics(caller, metrics or {})
         check_entropy_weight(caller, entropy_weight)
         self.model = model
+        self._modules = list(model.modules())  # walking over them takes as long as a small layer
         self._criterion, self._valid_criterion = criterion, valid_criterion or criterion
         self._metrics = dict(metrics or {})
         self._augment, self._regularizers = augment, check_regularizers(caller, regularizers)
@@ -251,8 +252,9 @@ class ResponseTrainer:
         Its gradient is taken inside of the sample, where checkpointed regions are computed again. What the pass wrote
         to buffers is taken back where the step is refused.
         """
-        self.model.train()
-        with restored_on_failure(self.model.module), sample:
+        if not all(module.training for module in self._modules):
+            self.model.train()
+        with buffers_restored(self._modules, on_failure_only=True), sample:
             loss, carry = self._fitting_loss(batch, self._carry)
             value = self._descend("the training loss", "optimizer", loss)
         return value, detached(carry)
@@ -547,4 +549,4 @@ def sgd(params: list[nn.Parameter]) -> Optimizer:
 
 def detached(carry: Any) -> Any:
     """The same without graph."""
-    return pytree.tree_map_only(Tensor, Tensor.detach, carry)
+    return None if carry is None else pytree.tree_map_only(Tensor, Tensor.detach, carry)
