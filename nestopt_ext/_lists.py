@@ -203,7 +203,7 @@ def to_host(tensors: Sequence[Tensor]) -> list[list[float]]:
     values: list[list[float]] = [[] for _ in tensors]
     for device, positions in by_device(tensors).items():
         group = [tensors[i].detach().reshape(-1).to(scalar_dtype(device)) for i in positions]
-        numbers = torch.cat(group).tolist()
+        numbers = (group[0] if len(group) == 1 else torch.cat(group)).tolist()
         start = 0
         for i, part in zip(positions, group, strict=True):
             values[i] = numbers[start : start + part.numel()]

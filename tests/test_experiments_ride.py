@@ -14,11 +14,10 @@ from nestopt_ext.experiments.ride.config import GAMES
 from nestopt_ext.experiments.ride.gan import gan_study
 from nestopt_ext.experiments.ride.polynomial import COUPLING, Polynomial
 from nestopt_ext.experiments.ride.results import Ends, RideResult
-from nestopt_ext.experiments.ride.run import num_pieces
+from nestopt_ext.experiments.ride.run import make_study, num_pieces
 from nestopt_ext.experiments.ride.shapes import USED, VALUE, HeldOut, ShapesGame, name_of, network
 from nestopt_ext.experiments.ride.shapes_data import pictures as draw_pictures
 from nestopt_ext.experiments.ride.shapes_data import templates
-from nestopt_ext.experiments.ride.studies import make_study
 from nestopt_ext.experiments.tune import Interrupted
 from nestopt_ext.games import map_jacobian, sgd_map
 

@@ -75,7 +75,7 @@ def test_a_file_that_is_none_is_refused(tmp_path, deep):
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="damaged"):
         Archive.load(path)
-    torch.save({"version": 1, "starts": None}, path)
+    torch.save({"version": 2, "starts": None}, path)
     with pytest.raises(CheckpointError, match="is not an archive of a ride"):
         Archive.load(path)
 
@@ -103,7 +103,7 @@ def test_a_start_has_what_it_shares(deep, flat):
 
 def test_the_table_says_what_was_found(deep):
     lines = deep.table().splitlines()
-    assert lines[0].split() == ["solution", "losses", "last", "step", "branches", "fingerprint"]
+    assert lines[0].split() == ["solution", "losses", "last", "step", "curvature", "branches", "fingerprint"]
     assert len(lines) == 5
     assert lines[1].split()[:2] == ["0", f"{deep.solutions[0].losses[0]:.4g}"]
     assert lines[1].split()[-2:] == ["0+", "0+"]

@@ -73,11 +73,11 @@ def truth(gram, x, y, positions):
     return start + matrices @ matrices.T, np.abs(start) + np.outer(norms, norms)
 
 
-def check(gram, x, y, positions=1):
+def check(gram, x, y, positions=1, ones=False):
     """Judges a call: numbers and memory that was not to be touched."""
-    want, size = truth(gram, x, y, positions)
+    want, size = truth(gram, x, torch.cat([y, torch.ones_like(y[:, :1])], 1) if ones else y, positions)
     memory = Memory([gram, x, y])
-    _ops.hadamard_gram_(gram, x, y, positions=positions)
+    _ops.hadamard_gram_(gram, x, y, positions=positions, ones=ones)
     assert memory.changed_only([gram])
     # Relative to the product of the norms, as for any order of a sum; its roundings add up like a random walk.
     eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
@@ -88,6 +88,12 @@ def check(gram, x, y, positions=1):
 @pytest.mark.parametrize("pair", PAIRS, ids=PAIR_IDS)
 def test_the_gram_matrix_of_the_matrices(pair, sizes, device):
     check(*factors(sizes, pair, device), positions=sizes[2])
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "-".join(map(str, s)))
+def test_ones_are_one_more_feature(sizes, device):
+    for pair in (PAIRS[0], PAIRS[1], PAIRS[4], PAIRS[3]):
+        check(*factors(sizes, pair, device), positions=sizes[2], ones=True)
 
 
 def test_long_rows_of_16_bits(device):
@@ -132,7 +138,7 @@ def test_each_layer_adds_to_one_gram(device):
             kept.append((before.detach(), outputs))
     deltas = torch.autograd.grad(outputs.sum(), [out for _, out in kept], retain_graph=True)
     for (before, _), delta in zip(kept, deltas, strict=True):
-        _ops.hadamard_gram_(gram, delta, torch.cat([before, torch.ones_like(before[:, :1])], 1))
+        _ops.hadamard_gram_(gram, delta, before, ones=True)
     rows = [
         torch.cat([g.flatten() for g in torch.autograd.grad(out, [*model.parameters()], retain_graph=True)])
         for out in outputs[:, 0]
@@ -155,6 +161,10 @@ def test_nothing(layout, device):
             x, y = (torch.ones(n * positions, f, device=device) for n, f in zip((4, 2), features, strict=True))
             _ops.hadamard_gram_(gram, x, y, positions=positions)
             assert (gram == 1).all()
+        gram = layout(torch.ones(4, 4, device=device))
+        x, y = torch.ones(4 * positions, 5, device=device), torch.ones(2 * positions, 0, device=device)
+        _ops.hadamard_gram_(gram, x, y, positions=positions, ones=True)  # a bias alone
+        assert (gram == 1 + 5 * positions**2).all()
 
 
 @pytest.mark.parametrize("sizes", [(70, 70, 1, 5, 4), (70, 35, 1, 5, 4), (12, 6, 9, 5, 4)], ids=str)

@@ -22,7 +22,7 @@ OURS: dict[str, type[GaussNewton] | type[EmpiricalFisher]] = {
     EMPIRICAL_FISHER: EmpiricalFisher,
 }
 #: How our operators may be told to sum a series, besides choosing for themselves.
-ROUTES = ("loop", "dual")
+ROUTES = ("loop", "outputs", "dual")
 MAX_ROW_BYTES = 2 << 30  # of one gradient for each row, for those who form them
 
 Product = Callable[[Params], Sequence[Tensor]]
@@ -69,7 +69,7 @@ def neumann_sum(product: Product, v: Params, num_terms: int, alpha: float) -> li
 
 
 def takes_route(kind: str) -> bool:
-    """Whether our operator lets its caller choose between the loop and the dual space."""
+    """Whether our operator lets its caller choose how a series is summed."""
     return "route" in inspect.signature(OURS[kind]).parameters
 
 

@@ -28,6 +28,9 @@ from .._types import Loss, TensorList
 _GeneratorStates: TypeAlias = list[tuple[torch.Generator, Tensor]]
 
 
+_NOTHING = nullcontext()
+
+
 class Evaluation:
     """A value with its graph, and what its evaluation had written into tensors that are now as before."""
 
@@ -48,7 +51,7 @@ class Evaluation:
 
     def differentiating(self) -> AbstractContextManager[None]:
         """While open, tensors hold what the graph saw when it was built; afterwards, what they held on entry."""
-        return self._restored() if self._regions else nullcontext()
+        return self._restored() if self._regions else _NOTHING
 
     @contextmanager
     def _restored(self) -> Iterator[None]:

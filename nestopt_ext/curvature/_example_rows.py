@@ -55,27 +55,23 @@ class OuterRows(RowBlock):
             super().add_gram(gram, scale)
             return
         for g in range(self._groups):
-            self._add_products(gram, g, scale, self.right[:, :, g])
+            self._add_products(gram, g, scale)
 
     def add_gram_with_sum(self, gram: Tensor) -> None:
-        """The same with the Gram matrix of the left factors, summed over positions, added: of a weight and its bias.
-
-        That is one more feature, which is 1.
-        """
-        ones = self.right.new_ones(()).expand(self._batch, self._positions, 1)
-        self._add_products(gram, 0, None, torch.cat([self.right[:, :, 0], ones], dim=2))
+        """The same with the Gram matrix of the left factors, summed over positions, added: of a weight and its bias."""
+        self._add_products(gram, 0, None, ones=True)
 
     @property
     def gram_goes_by_products(self) -> bool:
         """Whether :meth:`add_gram_with_sum` is the way."""
         return self._groups == 1 and products_are_cheaper(self.count, self._batch, self._positions, self._out, self._in)
 
-    def _add_products(self, gram: Tensor, g: int, scale: Scale, right: Tensor) -> None:
+    def _add_products(self, gram: Tensor, g: int, scale: Scale, ones: bool = False) -> None:
         dtype = torch.float64 if gram.dtype == torch.float64 else self.left.dtype  # the op itself widens 16 bits
         x = self.left[:, :, g].reshape(-1, self._out).to(dtype)
-        y = right.reshape(-1, right.shape[-1]).to(dtype)
+        y = self.right[:, :, g].reshape(-1, self._in).to(dtype)
         if scale is None:
-            _ops.hadamard_gram_(gram, x, y, positions=self._positions)
+            _ops.hadamard_gram_(gram, x, y, positions=self._positions, ones=ones)
             return
         part = torch.zeros_like(gram)
         _ops.hadamard_gram_(part, x, y, positions=self._positions)

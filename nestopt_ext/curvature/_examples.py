@@ -126,11 +126,7 @@ def _carried(node: Node, operands: Sequence[int], cotangent: Tensor) -> list[Ten
     """What goes back to ``operands``, for each of m cotangents."""
 
     def one(u: Tensor) -> tuple[Tensor, ...]:
-        if len(operands) == len(node.wanted):
-            return tuple(node.vjps(u))
-        if type(node).vjp is not Node.vjp:
-            return tuple(node.vjp(i, u, None) for i in operands)
-        return tuple(t for i, t in zip(node.wanted, node.vjps(u), strict=True) if i in operands)
+        return tuple(node.vjps(u, operands))
 
     return _for_each(one, cotangent)
 

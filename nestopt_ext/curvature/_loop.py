@@ -40,7 +40,7 @@ def neumann_sum(
             torch._foreach_mul_(term, kept)
         jacobian.backward_into(u, term)
         _ops.neumann_step_(term, total, [], step, sq_norm=sq_norms[j])
-    _multiply_(total, step)
+    multiply_(total, step)
     return total, sq_norms
 
 
@@ -53,6 +53,6 @@ def _kept(step: Tensor, damping: float, diagonal: TensorList | None) -> TensorLi
     return 1 - step * damping
 
 
-def _multiply_(tensors: TensorList, number: Tensor) -> None:
+def multiply_(tensors: TensorList, number: Tensor) -> None:
     """Scales a list in place; a number on the host is read there, which waits for no device."""
     torch._foreach_mul_(tensors, number if number.device == tensors[0].device else float(number))

@@ -43,7 +43,7 @@ class Replay:
         self._count = 0
         self._expected = 0
         self._program: Program | None = None
-        self._open = all(_replayable(p) for p in params) and _num_bytes(params) <= _MOST_BYTES // 4
+        self._open = True
         self._busy = threading.Lock()
 
     def expect(self, num_products: int) -> None:
@@ -53,10 +53,11 @@ class Replay:
     def __call__(self, v: TensorList) -> TensorList:
         """The product with ``v``, in new memory."""
         self._count += 1
-        if self._open and _plain_surroundings() and all(map(_replayable, v)) and self._busy.acquire(blocking=False):
+        wanted = self._open and (self._program is not None or self._pays())
+        if wanted and _plain_surroundings() and all(map(_replayable, v)) and self._busy.acquire(blocking=False):
             # The program has one set of buffers: a second thread goes by autograd meanwhile.
             try:
-                if self._program is None and self._pays():
+                if self._program is None:
                     self._program = _record(self._product, self._params)
                     self._open = self._program is not None
                 if self._program is not None and self._program.holds():
@@ -90,6 +91,8 @@ def _num_bytes(tensors: Sequence[Tensor]) -> int:
 
 def _record(product: Callable[[TensorList], TensorList], params: TensorList) -> Program | None:
     """A program for the product, checked; None where there cannot be one."""
+    if not all(map(_replayable, params)) or _num_bytes(params) > _MOST_BYTES // 4:
+        return None
     generator = torch.Generator().manual_seed(_SEED)
     probe = [torch.randn(p.shape, dtype=p.dtype, generator=generator) for p in params]
     recorder = Recorder(_MOST_BYTES)

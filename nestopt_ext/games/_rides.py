@@ -13,7 +13,8 @@ from torch import Tensor
 from .archive import Branch, BranchStatus
 
 #: Plain data, so that it can be saved as it is: ``ids`` of the branches, ``stage``, and tensors with a row for each.
-#: ``state`` [N, S], ``steps`` [N], ``moved`` [N], ``status`` [N] (a place in :data:`STATUSES`), and the method's own.
+#: ``state`` [N, S], ``steps`` [N], ``moved`` [N], ``status`` [N] (a place in :data:`STATUSES`), and the method's own,
+#: among them ``curvature`` [N, 2] where ends are told from saddles by that.
 #: A step makes a new one and leaves the old as it was.
 Ride: TypeAlias = dict[str, Any]
 

@@ -300,6 +300,7 @@ class _Search:
         """The branches of a ride as they ended."""
         columns = [ride["state"].cpu(), self._rider.losses(ride["state"]).tolist()]
         columns += [ride[name].tolist() for name in ("steps", "moved", "status")]
+        columns += [ride["curvature"].tolist() if "curvature" in ride else [None] * len(ride["ids"])]
         return [
             dataclasses.replace(
                 self.archive.branches[i],
@@ -308,8 +309,9 @@ class _Search:
                 steps=steps,
                 moved=moved,
                 status=STATUSES[code],
+                curvature=None if bounds is None or math.isnan(bounds[1]) else tuple(bounds),
             )
-            for i, end, losses, steps, moved, code in zip(ride["ids"], *columns, strict=True)
+            for i, end, losses, steps, moved, code, bounds in zip(ride["ids"], *columns, strict=True)
         ]
 
     def _told_apart(

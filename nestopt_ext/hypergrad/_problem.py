@@ -47,14 +47,14 @@ class Variables:
             raise ValueError(
                 f"{self.caller}: hparams must hold a tensor that requires grad; got none. Call .requires_grad_() on it."
             )
+        others = {id(p): label for p, label in zip(self.params, self.structure.labels("params"), strict=True)}
         for label, hparam in zip(labels, self.hparams, strict=True):
             if all_of_them and not hparam.requires_grad:
                 raise ValueError(
                     f"{self.caller}: {label} must require grad; got one that does not. Call .requires_grad_() on it."
                 )
-            for other, param in zip(self.structure.labels("params"), self.params, strict=True):
-                if hparam is param:
-                    raise ValueError(f"{self.caller}: {label} must not be one of params; got {other}.")
+            if id(hparam) in others:
+                raise ValueError(f"{self.caller}: {label} must not be one of params; got {others[id(hparam)]}.")
 
 
 class Equation(Protocol):

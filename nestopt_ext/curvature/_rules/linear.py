@@ -9,7 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._tape import MixesExamples, Node, Operand, OuterProducts, Rows, accumulated, by_example, rule, value_of
+from .._tape import (
+    MixesExamples,
+    Node,
+    Operand,
+    OuterProducts,
+    Rows,
+    ThroughParams,
+    accumulated,
+    by_example,
+    rule,
+    value_of,
+)
 
 
 class Linear(Node):
@@ -51,6 +62,34 @@ class Linear(Node):
             into.view(left.shape[0], right.shape[1]).addmm_(left, right)
             return into
         return accumulated(torch.mm(left, right).view(into.shape), into)
+
+    def through_params(self, own: Sequence[int], num_uses: int) -> ThroughParams:
+        """By the inner products of the rows of x, plus 1 for a bias, where that is less than the gradient itself."""
+        whole = all(i in own for i in self.wanted if i > 0)
+        if 1 not in own or not whole or self._macs_by_rows(num_uses) >= super().macs_through_params(num_uses):
+            return super().through_params(own, num_uses)
+        gram = torch.mm(self._rows, self._rows.t())
+        if 2 in own:
+            gram += 1
+
+        def pushed(tangents: list[Tensor | None], cotangent: Tensor) -> Tensor:
+            of_x, rows = tangents[0], cotangent.reshape(len(gram), -1)
+            if of_x is None:
+                result = torch.mm(gram, rows)
+            else:
+                result = torch.mm(of_x.reshape(self._rows.shape), self.weight.t()).addmm_(gram, rows)
+            return result.view(cotangent.shape)
+
+        return pushed
+
+    def _macs_by_rows(self, num_uses: int) -> int:
+        rows, width = self._rows.shape
+        found: int = rows * rows * (width + num_uses * self.weight.shape[0])
+        return found
+
+    def macs_through_params(self, num_uses: int) -> int:
+        """The lesser of the two ways."""
+        return min(super().macs_through_params(num_uses), self._macs_by_rows(num_uses))
 
     def batch_dim(self, dims: Sequence[int | None], batch: int) -> int | None:
         """That of x, unless it is the one that is summed over."""
