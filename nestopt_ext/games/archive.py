@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import _checkpoint
 
-_VERSION = 1
+_VERSION = 2
 _Record = TypeVar("_Record")
 
 #: The rank of a direction at its bifurcation, 0 for the leading one, and the side, +1 or -1; from the start on.
@@ -130,6 +130,7 @@ class Archive:
         self._pending: list[int] = []
         self._settings: dict[str, Any] = {}
         self._ride: dict[str, Any] | None = None  # the branches on their way, see _rides.Ride
+        self._search: dict[str, Any] | None = None  # for bifurcations, see _rides.Search
 
     def __repr__(self) -> str:
         return (
@@ -223,6 +224,7 @@ class Archive:
             "pending": list(self._pending),
             "settings": dict(self._settings),
             "ride": self._ride,
+            "search": self._search,
         }
         _checkpoint.save(Path(path), state)
 
@@ -242,6 +244,7 @@ class Archive:
             archive._pending = state["pending"]
             archive._settings = state["settings"]
             archive._ride = state["ride"]
+            archive._search = state["search"]
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise _checkpoint.CheckpointError(f"{path}: is not an archive of a ride: {error!r:.120}.") from error
         return archive
