@@ -307,8 +307,9 @@ def test_another_run_is_refused(tmp_path):
     with pytest.raises(Interrupted):
         self_tune(TINY, tmp_path, should_stop=StopAfter(2))
     before = content(tmp_path)
-    with pytest.raises(CheckpointError, match="of this configuration"):
-        self_tune(dataclasses.replace(TINY, seed=1), tmp_path, resume=True)
+    for name, value in (("seed", 1), ("warmup", 0), ("train_steps", 3), ("lr_drops", (2,))):
+        with pytest.raises(SelfTuneError, match=rf"was made with {name} .*, but the configuration to resume has "):
+            self_tune(dataclasses.replace(TINY, **{name: value}), tmp_path, resume=True)
     with pytest.raises(SelfTuneError, match="is there already"):
         self_tune(TINY, tmp_path)
     with pytest.raises(ValueError, match="output must be given"):
@@ -376,6 +377,7 @@ def test_run_leaves_everything_and_says_where(tmp_path, capsys):
     assert content(folder)["log.jsonl"] == before["log.jsonl"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_stop_gives_the_command_that_continues(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("nestopt_ext.experiments.command.StopRequest.asked", lambda self: True)
     assert run(*SMALL, "--output", str(tmp_path / "o")) >= 128

@@ -312,13 +312,15 @@ def test_colour_refuses_other_channels(model):
 # ---- affine ---------------------------------------------------------------------------------------------------------
 
 
-def moved(x, **numbers):
+def moved(x, *, mode="bilinear", fill=None, **numbers):
     """`_images.affine` with zeros for what is not given."""
     count = len(x)
     given = {name: torch.as_tensor(value, dtype=x.dtype, device=x.device) for name, value in numbers.items()}
     zeros = x.new_zeros(count)
     options = {"angle": zeros, "translate": x.new_zeros(count, 2), "scale": zeros + 1, "shear": zeros}
-    return _images.affine(x, **{**options, **given})
+    if fill is not None:
+        fill = torch.as_tensor(fill, dtype=x.dtype, device=x.device).reshape(-1, 1, 1)
+    return _images.affine(x, **{**options, **given}, mode=mode, fill=fill)
 
 
 def test_quarter_turns_moves_and_doubles(device):
@@ -353,6 +355,29 @@ def test_a_point_goes_where_the_matrix_says(device):
     found = moved(image, angle=[angle], translate=[move], scale=[scale], shear=[shear])[0, 0].cpu()
     assert inside.double().mean() > 0.5
     torch.testing.assert_close(found[inside], (sources @ a)[inside], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("fill", [0.25, [0.1, -2.0, 3.0]])
+def test_what_comes_from_outside_is_the_fill(model, device, fill):
+    """Moved by a quarter of a pixel, the border is 3/4 image and 1/4 fill; a pixel further out all of it is fill."""
+    x = images(2, height=6, width=8, device=device, dtype=torch.float64)
+    outside = torch.as_tensor(fill, dtype=torch.float64, device=device).reshape(-1, 1).expand(3, 6)
+    found = moved(x, translate=[[1.25 / 8, 0.0], [0.0, 0.0]], fill=fill)
+    torch.testing.assert_close(found[0, :, :, 0], outside, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found[0, :, :, 1], 0.75 * x[0, :, :, 0] + 0.25 * outside, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found[0, :, :, 2:], 0.75 * x[0, :, :, 1:7] + 0.25 * x[0, :, :, :6], rtol=0, atol=1e-12)
+    torch.testing.assert_close(found[1], x[1], rtol=0, atol=1e-12)
+    nearest = moved(x[:1], translate=[[2.0 / 8, 0.0]], mode="nearest", fill=fill)
+    assert torch.equal(nearest[0, :, :, 2:], x[0, :, :, :6])  # to the last bit
+    assert torch.equal(nearest[0, :, :, :2], outside.unsqueeze(2).expand(3, 6, 2)[..., :2])
+    augment = Affine("degrees", fill=fill).to(device)
+    with model.at(points(model, 2, degrees=40)):
+        torch.testing.assert_close(
+            augment(outside.reshape(1, 3, 6, 1).expand(2, 3, 6, 8)), outside.reshape(1, 3, 6, 1).expand(2, 3, 6, 8)
+        )
+        assert augment(images(2, device=device, dtype=torch.bfloat16)).dtype == torch.bfloat16
+        with pytest.raises(ValueError, match="fill must be a number for each channel of x, or one; got 2 for 3"):
+            Affine("degrees", fill=(0.0, 1.0)).to(device)(images(2, device=device))
 
 
 def test_draws_stay_within_their_strengths(model, device):

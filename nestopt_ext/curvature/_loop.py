@@ -29,14 +29,14 @@ def neumann_sum(
     """
     home = v[0].device
     step = alpha.detach().to(_lists.scalar_dtype(home))
-    scaled = middle.scaled(-step)
+    middle_product = middle.scaled(-step).for_products(num_terms)
     kept = _kept(step, damping, diagonal)
     term = [t.clone(memory_format=torch.contiguous_format) for t in v]
     total = [t.clone() for t in term]
     sq_norms = torch.zeros(num_terms + 1, dtype=step.dtype, device=home)
     sq_norms[0] = _lists.norm(term).square()
     for j in range(1, num_terms + 1):
-        u = scaled.product(jacobian.forward(term))
+        u = middle_product(jacobian.forward(term))
         if isinstance(kept, list) or kept is not None:
             torch._foreach_mul_(term, kept)
         jacobian.backward_into(u, term)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import cli_games, cli_overfit, cli_ride, cli_self_tune, cli_tune, info
-from .command import PROGRAM, Parser
+from .command import PROGRAM, Parser, reader_may_leave
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,12 +18,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cli_games.add(commands)
     cli_ride.add(commands)
     _add_info(commands)
-    options = vars(parser.parse_args(arguments))
-    run = options.pop("run", None)
-    if run is None:
-        parser.print_help()
-        return 0
-    return int(run(options))
+    with reader_may_leave():
+        options = vars(parser.parse_args(arguments))
+        run = options.pop("run", None)
+        if run is None:
+            parser.print_help()
+            return 0
+        return int(run(options))
 
 
 def _add_info(commands: Any) -> None:

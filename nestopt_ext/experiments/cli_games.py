@@ -9,7 +9,7 @@ from typing import Any
 
 from .._checkpoint import CheckpointError
 from .._progress import ProgressBar
-from .command import Call, StopRequest, print_tables, say_no_picture
+from .command import Call, StopRequest, draw, print_tables
 from .games import (
     adversarialness_plots,
     adversarialness_report,
@@ -262,11 +262,8 @@ def _run(experiment: _Experiment, typed: dict[str, Any], call: Call) -> int:
             return call.interrupted(stop.number)
         finally:
             bar.close()
+    draw(lambda: experiment.save_pictures(job.folder, result))
     print_tables(experiment.tables(result), experiment.findings(result))
-    try:
-        experiment.save_pictures(job.folder, result)
-    except ImportError:
-        say_no_picture()
     print(f"Log and pictures: {job.folder}")
     return 0
 

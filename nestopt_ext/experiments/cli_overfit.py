@@ -7,7 +7,7 @@ from typing import Any
 from .._checkpoint import CheckpointError
 from .._progress import ProgressBar
 from . import run_folder
-from .command import Call, StopRequest, print_tables, say_no_picture
+from .command import Call, StopRequest, draw, print_tables
 from .job import prepare
 from .overfit import MODELS, OverfitConfig, OverfitError, load_split, overfit
 from .overfit_report import findings, save_picture, table
@@ -75,11 +75,8 @@ def _overfit(typed: dict[str, Any], call: Call) -> int:
             return call.interrupted(stop.number)
         finally:
             bar.close()
+    draw(lambda: save_picture(job.folder / run_folder.PICTURE, result))
     print_tables([table(result)], findings(result))
-    try:
-        save_picture(job.folder / run_folder.PICTURE, result)
-    except ImportError:
-        say_no_picture()
     print(f"Log, checkpoint and picture: {job.folder}")
     return 0
 

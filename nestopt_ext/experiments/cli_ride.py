@@ -8,7 +8,7 @@ from typing import Any
 from .._checkpoint import CheckpointError
 from .._progress import ProgressBar
 from . import run_folder
-from .command import Call, StopRequest, print_tables, say_no_picture
+from .command import Call, StopRequest, draw, print_tables
 from .job import prepare
 from .ride import pictures
 from .ride.config import GAMES, OPTIMIZERS, ORDERS, QUICK, RideConfig
@@ -108,11 +108,8 @@ def _ride(typed: dict[str, Any], call: Call) -> int:
             return call.interrupted(stop.number)
         finally:
             bar.close()
+    draw(lambda: pictures.save_pictures(job.folder, result))
     print_tables(tables(result), findings(result))
-    try:
-        pictures.save_pictures(job.folder, result)
-    except ImportError:
-        say_no_picture()
     print(f"Log, checkpoint and pictures: {job.folder}")
     return 0
 

@@ -7,7 +7,7 @@ from typing import Any
 from .._checkpoint import CheckpointError
 from .._progress import ProgressBar
 from . import run_folder
-from .command import Call, StopRequest, print_tables, say_no_picture
+from .command import Call, StopRequest, draw, print_tables
 from .job import prepare
 from .self_tune import METHODS, SelfTuneConfig, SelfTuneError, make_problem, self_tune
 from .self_tune.config import DATA, MODELS
@@ -163,11 +163,8 @@ def _self_tune(typed: dict[str, Any], call: Call) -> int:
             return call.interrupted(stop.number)
         finally:
             bar.close()
+    draw(lambda: save_picture(job.folder / run_folder.PICTURE, result))
     print_tables(tables(result), findings(result))
-    try:
-        save_picture(job.folder / run_folder.PICTURE, result)
-    except ImportError:
-        say_no_picture()
     print(f"Log, checkpoint and picture: {job.folder}")
     return 0
 

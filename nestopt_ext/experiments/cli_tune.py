@@ -8,7 +8,7 @@ from .._checkpoint import CheckpointError
 from .._progress import ProgressBar
 from . import config as choices
 from . import data, run_folder
-from .command import Call, StopRequest, say_no_picture
+from .command import Call, StopRequest, draw
 from .config import TuneConfig
 from .job import prepare
 from .plots import save_picture
@@ -133,11 +133,8 @@ def _tune(typed: dict[str, Any], call: Call) -> int:
             return call.interrupted(stop.number)
         finally:
             bar.close()
+    draw(lambda: save_picture(folder / run_folder.PICTURE, result))
     print_table(result)
-    try:
-        save_picture(folder / run_folder.PICTURE, result)
-    except ImportError:
-        say_no_picture()
     print(f"Log, checkpoint and picture: {folder}")
     return 0
 

@@ -1,9 +1,11 @@
 """What the commands share: the parser, faults told in one line with an exit code, the stop by a signal."""
 
 import argparse
+import contextlib
+import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -55,6 +57,8 @@ class Call:
             return self._fail(error, 2)
         except self.failures as error:
             return self._fail(error, 1)
+        except BrokenPipeError:  # of whoever reads what is printed, not of the run
+            raise
         except OSError as error:
             place = error.filename or self.begun
             return self._fail(f"{place}: {error.strerror or error}" if place else error, 1)
@@ -116,6 +120,20 @@ def free_folder(plain: Path) -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """While open, a reader of stdout that goes away, as `head` does, ends the program quietly: code 128 + SIGPIPE."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more at its end, and would tell of what it cannot write.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
+
+
 def print_tables(tables: Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]], lines: Sequence[str]) -> None:
     """Prints tables, each a header and rows, and what there is to say about them."""
     for header, rows in tables:
@@ -124,6 +142,11 @@ def print_tables(tables: Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]]
         print(line)
 
 
-def say_no_picture() -> None:
-    """Names the extra that is missing where a picture would have been drawn."""
-    print("No picture: Matplotlib is not installed. Install it: pip install nestopt_ext[experiments]", file=sys.stderr)
+def draw(save_pictures: Callable[[], None]) -> None:
+    """Draws what a run leaves, or names the extra that is missing; before tables, whose reader may have gone."""
+    try:
+        save_pictures()
+    except ImportError:
+        print(
+            "No picture: Matplotlib is not installed. Install it: pip install nestopt_ext[experiments]", file=sys.stderr
+        )

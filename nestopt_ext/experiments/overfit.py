@@ -29,9 +29,8 @@ Source: the first experiment of Lorraine, Vicol, Duvenaud, Optimizing millions o
 differentiation (2020), there on MNIST and CIFAR-10 with networks up to AlexNet; data, sizes and figures here are ours.
 """
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -45,8 +44,10 @@ from ..solvers import Identity
 from . import contents, data
 from .config import LOG_DECAY_RANGE, ConfigError, check_number, check_one_of, check_whole
 from .data import Part, Split
+from .identity import conflict, identity
 from .models import build_model
 from .problems import PerWeightDecay, cross_entropy
+from .resources import cpu_threads
 from .results import Scores
 from .run_folder import CHECKPOINT, LOG, PICTURE
 from .training import evaluate, score
@@ -181,7 +182,7 @@ def overfit(
     config = config.resolved()
     if resume and output is None:
         raise ValueError("overfit: output must be given to resume; got None.")
-    with _one_thread():
+    with cpu_threads(1):
         return _Run(config, output, progress, should_stop).run(resume=resume)
 
 
@@ -264,24 +265,14 @@ class _Run:
 
     def state_dict(self) -> dict[str, Any]:
         """The curve, and whose it is."""
-        return {"config": self.config.to_json(), "points": self.points, "learned_at": self.learned_at or 0}
+        return {"config": identity(self.config), "points": self.points, "learned_at": self.learned_at or 0}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over the curve. Raises ValueError, and changes nothing, where it is that of another run."""
-        contents.check_like("it", state, {"config": "", "points": state.get("points"), "learned_at": 0})
+        different = conflict(state.get("config"), identity(self.config))
+        if different:
+            raise ValueError(different)
+        contents.check_like("it", state, {"config": state["config"], "points": state.get("points"), "learned_at": 0})
         contents.check_points("points", state["points"])
-        if state["config"] != self.config.to_json():
-            raise ValueError("config must be that of the run to continue")
         self.points = [dict(point) for point in state["points"]]
         self.learned_at = state["learned_at"] or None
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """So short are the steps that threads would only wait for each other; the setting of the process comes back."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -87,9 +87,14 @@ def print_table(result: "TuneResult", file: IO[str] | None = None) -> None:
             column.no_wrap = True
         for row in rows:
             table.add_row(*row, style="bold" if row is rows[-1] else None)
+
+        class Patient(Console):
+            def on_broken_pipe(self) -> None:
+                raise  # rich would end the program here, with a code of its own
+
         # A table that wraps is unreadable; a line that is too long for the window is not.
         wide = max(160, Console(file=file).width)
-        Console(file=file, width=wide, highlight=False).print(table)
+        Patient(file=file, width=wide, highlight=False).print(table)
     file.write("".join(f"{line}\n" for line in notes(result)))
 
 

@@ -13,10 +13,9 @@ Four models are trained, all from the same start, for the same number of inner s
 What to expect, and what not, is told with figures in the documentation of `nestopt_ext.experiments`.
 """
 
-import contextlib
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,10 +25,12 @@ from torch import Tensor, nn
 from .. import _checkpoint as checkpoint
 from .._json_log import JsonLog
 from . import contents, data
-from .config import ConfigError, TuneConfig
+from .config import TuneConfig
 from .data import Part, Split
+from .identity import conflict, identity
 from .models import build_model
 from .problems import FixedDecay, PerExampleWeight, PerWeightDecay, Problem
+from .resources import cpu_threads, fitting, usable_device
 from .results import MethodResult
 from .run_folder import CHECKPOINT, LOG
 from .training import Training, TrainingDiverged
@@ -101,19 +102,14 @@ def load_inputs(config: TuneConfig) -> Inputs:
     Raises ConfigError, DataError and FormatError for what the caller can mend.
     """
     config = config.resolved()
-    with _threads(config):  # the sums that standardize the pixels may depend on it
+    with cpu_threads(config.threads):  # the sums that standardize the pixels may depend on it
         device = usable_device(config.device)
         dataset = data.load(config.data, Path(config.data_dir) if config.data_dir else None)
         train_size, valid_size = config.train_size or 0, config.valid_size or 0
         split = data.make_split(dataset, train_size, valid_size, config.label_noise, config.seed)
-        try:
+        with fitting(device, config.width):
             inputs = Inputs(device, split.to(device))
             _model(config, inputs)
-        except (RuntimeError, MemoryError) as error:
-            cause = (str(error).strip().splitlines() or ["no reason given"])[0][:120].rstrip(".")
-            raise ConfigError(
-                f"--width {config.width} or the data set is too large for --device {device}: {cause}."
-            ) from error
     return inputs
 
 
@@ -143,7 +139,7 @@ def tune(
     if output is not None and not resume:
         _require_room(output)
     inputs = inputs or load_inputs(config)
-    with _threads(config):
+    with cpu_threads(config.threads):
         return _Run(config, inputs, output, resume, should_stop, progress or _Silent()).run()
 
 
@@ -161,28 +157,6 @@ def auc(scores: Tensor, positive: Tensor) -> float | None:
     below = torch.searchsorted(negatives, positives, side="left")
     not_above = torch.searchsorted(negatives, positives, side="right")
     return float((below + not_above).double().mean() / (2 * len(negatives)))
-
-
-def usable_device(name: str) -> torch.device:
-    """The device called ``name``. Raises ConfigError when there is none such or it cannot hold a tensor."""
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # the device meta makes tensors, but holds no numbers
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        cause = (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
-        raise ConfigError(f"--device must be a device of this machine; got {name!r}: {cause}.") from error
-    return device
-
-
-@contextlib.contextmanager
-def _threads(config: TuneConfig) -> Iterator[None]:
-    """The CPU threads of ``config``; those of the process come back afterwards."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.threads or threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _require_room(output: Path) -> None:
@@ -229,7 +203,7 @@ class _Run:
         with self.log:
             if not self.log.position:
                 sizes = {"train": len(self.split.train), "valid": len(self.split.valid), "test": len(self.split.test)}
-                self.log.write("config", **_identity(self.config), examples=sizes)
+                self.log.write("config", **identity(self.config), examples=sizes)
             stages = (self._no_decay, self._search, self._refit, self._implicit)
             for method, stage in zip(self._methods(), stages, strict=True):
                 self._finish(method, stage)
@@ -408,7 +382,7 @@ class _Run:
             self.path,
             {
                 "version": CHECKPOINT_VERSION,
-                "config": _identity(self.config),
+                "config": identity(self.config),
                 "data": _fingerprint(self.split),
                 "log_bytes": self.log.position,
                 "finished": [asdict(result) for result in self.finished],
@@ -425,8 +399,10 @@ class _Run:
         if not self.path.exists() and self.path.parent.is_dir():
             return 0  # stopped before anything was worth saving
         state = checkpoint.load(self.path, CHECKPOINT_VERSION)
-        self._require_same_config(state.get("config"))
         try:
+            different = conflict(state.get("config"), identity(self.config))
+            if different:
+                raise TuneError(f"{self.path}: {different}")
             contents.check_state(state, self._methods(), self.config.trials)
             self._check_tuned(state["tuned"])
         except ValueError as error:
@@ -436,19 +412,6 @@ class _Run:
         self.finished = [MethodResult(**result) for result in state["finished"]]
         self.trials, self.tuned, self.pending = state["trials"], state["tuned"], state["pending"]
         return int(state["log_bytes"])
-
-    def _require_same_config(self, saved: object) -> None:
-        current = _identity(self.config)
-        if not isinstance(saved, dict) or set(saved) != set(current):
-            raise checkpoint.CheckpointError(f"{self.path}: is damaged: its configuration is not that of a tuning run.")
-        for name, value in current.items():
-            # The repr tells 1 from True and from a tensor, and is there for whatever a damaged file holds.
-            if repr(saved[name]) != repr(value):
-                got = " ".join(repr(saved[name]).split())[:40]
-                raise TuneError(
-                    f"{self.path}: was made with {name} {got}, but the configuration to resume has {value!r}."
-                    f" Resume with {name} {got}."
-                )
 
     def _check_tuned(self, tuned: dict[str, Any]) -> None:
         """Requires that the tuned model, where there is one, has the tensors that the configuration gives it."""
@@ -477,11 +440,6 @@ def _result(
         auc=auc,
         diverged_solves=training.diverged_solves,
     )
-
-
-def _identity(config: TuneConfig) -> dict[str, Any]:
-    """The choices that make a run what it is; where its data lie is not one of them."""
-    return {field.name: getattr(config, field.name) for field in fields(config) if field.name != "data_dir"}
 
 
 def _fingerprint(split: Split) -> int:

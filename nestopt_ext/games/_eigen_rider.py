@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,17 +10,25 @@ import torch
 from torch import Tensor
 
 from .. import _lists
+from ._lanczos import lowest_eigenvalue, lowest_pairs
 from ._linearized import check_state
 from ._rides import Direction, Expansion, Ride, Rider, has, moved_on, new_ride, on_their_way, sent_on
-from ._ritz import ritz_pairs
+from ._ritz import rayleigh_ritz, ritz_pairs
 from .archive import Branch, BranchStatus
 from .eigen_ridges import EigenRidges
 from .eigenspaces import Eigenspace, eigenspace, track
 from .map_jacobian import DENSE_SIZE, Eigenpairs, MapJacobian, leading_eigenpairs
 from .maps import OptimizerMap
+from .spectrum import spectrum
 
 #: Eigenvalues that differ by no more than this part of the largest are equal.
 _EQUAL = {torch.float64: 1e-6, torch.float32: 1e-5}
+
+#: Residuals of ridges that were found, relative to the largest eigenvalue known.
+_PRECISE = 1e-3
+
+#: Directions that a search for one eigenvalue keeps.
+_ARNOLDI_BASIS = 30
 
 _ALONG, _FINISHING, _FINISHED = range(3)
 
@@ -88,49 +97,127 @@ class EigenRider(Rider):
     # ---- ridges ----
 
     def expand(self, states: Tensor) -> list[Expansion]:
-        pairs = self._pairs(states, None)
-        finite = (states.isfinite().all(dim=1) & ~pairs.values.isnan().any(dim=1)).tolist()
-        return [self._expansion(states[b], pairs, b) if ok else _unknown(states[b]) for b, ok in enumerate(finite)]
+        finite = states.isfinite().all(dim=1)
+        pairs = self._lowest_pairs(torch.where(finite[:, None], states, 0.0))
+        known = (finite & ~pairs.values.isnan().any(dim=1)).tolist()
+        return [self._expansion(states[b], pairs, b) if ok else _unknown(states[b]) for b, ok in enumerate(known)]
 
     def _expansion(self, state: Tensor, pairs: Eigenpairs, b: int) -> Expansion:
         own = Eigenpairs(pairs.values[b : b + 1], pairs.vectors[b : b + 1])
-        values = own.values[0].tolist()
-        margin = _EQUAL[state.dtype] * max(map(abs, values))
         limit = self._method.num_directions or self._size
         found: list[Direction] = []
-        groups: list[complex] = []
-        for i, value in enumerate(values):
-            if value.real >= -self._method.min_curvature or value.imag < 0 or len(found) >= limit:
-                continue
-            if self._method.repeated == "one" and any(abs(value - other) <= margin for other in groups):
-                continue
-            groups.append(value)
+        for i in self._ridges(own.values[0])[:limit]:
             space = eigenspace(own, i)
+            value = complex(own.values[0, i].item())
             u, q = space.basis[0, :, 0], space.basis[0, :, 1]
             plane = space.dim.item() == 2
             found.append(Direction(len(found), u, value, q if plane else None))
             if plane:
                 found.append(Direction(len(found), q, value.conjugate(), u))
-        return Expansion(state, tuple(values), found[:limit])
+        return Expansion(state, tuple(direction.value for direction in found[:limit]), found[:limit])
 
-    def _pairs(self, states: Tensor, space: Eigenspace | None) -> Eigenpairs:
-        """Eigenpairs at each state, most negative first; beyond the dense size those near ``space``, if given."""
+    def _ridges(self, values: Tensor) -> list[int]:
+        """Which of the eigenvalues [k] of a state are ridden, one of each pair, and of each group if so asked."""
+        ridges: list[int] = []
+        groups: list[complex] = []
+        margin = _EQUAL[values.real.dtype] * float(values.abs().max())
+        for i, value in enumerate(values.tolist()):
+            if value.real >= -self._method.min_curvature or value.imag < 0:
+                continue
+            if self._method.repeated == "one" and any(abs(value - other) <= margin for other in groups):
+                continue
+            groups.append(value)
+            ridges.append(i)
+        return ridges
+
+    def _lowest_pairs(self, states: Tensor) -> Eigenpairs:
+        """The eigenpairs among which the ridges of each state are, most negative first; NaN where one overflows."""
+        jacobian, method = MapJacobian(self._gradient, states), self._method
+        if self._size <= DENSE_SIZE:
+            return _decomposed(jacobian.dense(), self._symmetric)
+        assert method.num_directions is not None
+        if not self._symmetric or method.repeated == "all":
+            return self._searched(jacobian, min(method.num_directions, self._size))
+        return lowest_pairs(
+            jacobian,
+            min(method.num_directions, self._size),
+            equal=_EQUAL[states.dtype],
+            rtol=torch.finfo(states.dtype).eps ** (2 / 3),
+            max_products=method.search_products,
+        )
+
+    def _searched(self, jacobian: MapJacobian, wanted: int) -> Eigenpairs:
+        """The same by Arnoldi's method, start by start; as many as have ``wanted`` ridges among them."""
+        count = wanted
+        while True:
+            with warnings.catch_warnings():
+                # What is too little for all of them may be enough for the ridges.
+                warnings.filterwarnings("ignore", "spectrum: .* must converge", RuntimeWarning)
+                pairs = leading_eigenpairs(jacobian, count, which="smallest_real")
+            ridges = [self._ridges(values) for values in pairs.values]
+            negative = (pairs.values.real < -self._method.min_curvature).all(dim=1).tolist()
+            if count == self._size or all(len(r) >= wanted or not n for r, n in zip(ridges, negative, strict=True)):
+                break
+            count = min(2 * count, self._size)
+        if self._symmetric:  # rounding makes pairs of repeated ones, and leaves them askew
+            basis = torch.where(pairs.values[:, None, :].imag < 0, pairs.vectors.imag, pairs.vectors.real)
+            basis = torch.linalg.qr(basis.to(jacobian.value))[0]
+            values, coordinates = rayleigh_ritz(basis, jacobian(basis))
+            return _as_complex(values, basis @ coordinates)
+        self._check_precise(jacobian, pairs, ridges)
+        kind = torch.complex64 if jacobian.value.dtype == torch.float32 else torch.complex128
+        return Eigenpairs(pairs.values.to(kind), pairs.vectors.to(kind))
+
+    def _check_precise(self, jacobian: MapJacobian, pairs: Eigenpairs, ridges: list[list[int]]) -> None:
+        """Warns of ridges that are none: of a matrix that is not symmetric a rough value may have the wrong sign."""
+        vectors = pairs.vectors.to(pairs.values)
+        images = torch.complex(jacobian(vectors.real), jacobian(vectors.imag))
+        rough = (images.to(vectors) - pairs.values[:, None, :] * vectors).norm(dim=1)
+        rough = rough / pairs.values.abs().amax(dim=1, keepdim=True)
+        worst = max([float(rough[b, i]) for b, own in enumerate(ridges) for i in own], default=0.0)
+        if worst > _PRECISE:
+            warnings.warn(
+                f"{self._caller}: ridges must be eigenvectors; got some with residuals up to {worst:.2g} of the largest"
+                " eigenvalue. Lower num_directions, or raise min_curvature, so that the search is for few.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _near(self, states: Tensor, space: Eigenspace) -> Eigenpairs:
+        """Eigenpairs at each state, all, or beyond the dense size those near ``space``."""
         finite = states.isfinite().all(dim=1)
         jacobian = MapJacobian(self._gradient, torch.where(finite[:, None], states, 0.0))
         if self._size <= DENSE_SIZE:
             pairs = _decomposed(jacobian.dense(), self._symmetric)
-        elif space is None:
-            pairs = leading_eigenpairs(jacobian, self._method.num_directions, which="smallest_real")
-            if self._symmetric:  # rounding makes pairs of repeated ones
-                real = pairs.vectors.real / pairs.vectors.real.norm(dim=1, keepdim=True)
-                pairs = _as_complex(pairs.values.real, real)
         else:
             pairs = ritz_pairs(jacobian, space, self._method.num_products, symmetric=self._symmetric)
-        kind = torch.complex64 if states.dtype == torch.float32 else torch.complex128
         return Eigenpairs(
-            torch.where(finite[:, None], pairs.values.to(kind), torch.nan),
-            torch.where(finite[:, None, None], pairs.vectors.to(kind), torch.nan),
+            torch.where(finite[:, None], pairs.values, torch.nan),
+            torch.where(finite[:, None, None], pairs.vectors, torch.nan),
         )
+
+    def _lowest_curvature(self, states: Tensor) -> Tensor:
+        """Bounds [N, 2] of the lowest eigenvalue, or real part of one; equal where it is known."""
+        jacobian, method = MapJacobian(self._gradient, states), self._method
+        if self._size <= max(DENSE_SIZE, method.search_products):
+            lowest = _decomposed(jacobian.dense(), self._symmetric).values.real[:, 0]
+            return torch.stack([lowest, lowest], dim=1)
+        if self._symmetric:
+            return lowest_eigenvalue(jacobian, -method.min_curvature, method.search_products)
+        return torch.stack([self._lowest_real_part(state) for state in states])
+
+    def _lowest_real_part(self, state: Tensor) -> Tensor:
+        """The same [2] for a Jacobian that is not symmetric, by Arnoldi's method, which has no bounds."""
+        jacobian = MapJacobian(self._gradient, state[None])
+        budget = max(_ARNOLDI_BASIS, self._method.search_products)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "spectrum: .* must converge", RuntimeWarning)
+            found = spectrum(
+                lambda v: jacobian(v[None])[0], 1, which="smallest_real", like=state, basis_size=_ARNOLDI_BASIS,
+                max_products=budget,
+            )  # fmt: skip
+        lowest = found.eigenvalues[0].real.to(state)
+        return torch.stack([lowest if found.converged else torch.full_like(lowest, -torch.inf), lowest])
 
     # ---- rides ----
 
@@ -140,7 +227,10 @@ class EigenRider(Rider):
         basis = torch.stack([first, torch.stack(partners).to(origins)], dim=2)
         dim = torch.tensor([1 if b.partner is None else 2 for b in branches], device=origins.device)
         solved = torch.zeros(len(branches), dtype=torch.bool, device=origins.device)
-        return new_ride(branches, origins, basis=basis, dim=dim, solved=solved, ridden=torch.zeros_like(dim))
+        unseen = torch.full_like(first[:, :2], torch.nan)
+        return new_ride(
+            branches, origins, basis=basis, dim=dim, solved=solved, ridden=torch.zeros_like(dim), curvature=unseen
+        )
 
     def advance(self, ride: Ride) -> Ride:
         return self._follow(ride) if ride["stage"] == _ALONG else self._descend(ride)
@@ -151,7 +241,7 @@ class EigenRider(Rider):
         state = ride["state"][rows] + method.step * basis[:, :, 0]
         unknown = torch.complex(torch.zeros_like(state[:, :2]), torch.zeros_like(state[:, :2]))
         before = Eigenspace(basis, dim, unknown, torch.ones_like(state[:, 0]))
-        pairs = self._pairs(state, before)
+        pairs = self._near(state, before)
         space = _followed(pairs, before) if self._symmetric else track(pairs, before)
         curvature = torch.fmin(space.values[:, 0].real, space.values[:, 1].real)
         ended = {
@@ -184,14 +274,14 @@ class EigenRider(Rider):
             return None
         failed = has(ride, BranchStatus.non_finite, BranchStatus.diverged)
         looked_at = ~failed & (ride["solved"] if ride["stage"] == _FINISHING else torch.ones_like(failed))
-        rows = looked_at.nonzero().squeeze(1)
-        solved = torch.zeros_like(looked_at)
-        if len(rows):
-            lowest = self._pairs(ride["state"][rows], None).values.real.amin(dim=1)
-            solved[rows] = lowest >= -self._method.min_curvature
+        bounds = torch.where(failed[:, None], torch.nan, ride["curvature"])
+        if bool(looked_at.any()):
+            bounds[looked_at] = self._lowest_curvature(ride["state"][looked_at])
+        solved = looked_at & (bounds[:, 1] >= -self._method.min_curvature)
+        seen = {"solved": solved, "curvature": bounds}
         if ride["stage"] == _FINISHING or self._method.finish is None:
-            return {**ride, "stage": _FINISHED, "solved": solved}
-        return sent_on({**ride, "stage": _FINISHING, "solved": solved, "ridden": ride["steps"]}, solved)
+            return {**ride, "stage": _FINISHED, **seen}
+        return sent_on({**ride, "stage": _FINISHING, "ridden": ride["steps"], **seen}, solved)
 
     def solved(self, ride: Ride) -> Tensor:
         solved: Tensor = ride["solved"]

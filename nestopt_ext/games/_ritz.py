@@ -16,35 +16,39 @@ def ritz_pairs(jacobian: MapJacobian, space: Eigenspace, num_products: int, *, s
     random one, the same in every run, takes its place, and begins the second direction of a line.
     """
     columns = 1 if symmetric else 2
-    fresh = _Fresh(jacobian)
+    fresh = Fresh(jacobian)
     basis = torch.zeros(*jacobian.shape, 0, dtype=jacobian.value.dtype, device=jacobian.value.device)
     images = basis
     block = space.basis[:, :, :columns]
     while images.shape[2] < num_products:
-        added = []
+        joined: list[Tensor] = []
         for j in range(min(columns, num_products - images.shape[2])):
-            vector = _added(basis, block[:, :, j], fresh)
+            vector = new_direction(basis, block[:, :, j], fresh)
             basis = torch.cat([basis, vector[:, :, None]], dim=2)
-            added.append(vector)
-        block = jacobian(torch.stack(added, dim=2))
+            joined.append(vector)
+        block = jacobian(torch.stack(joined, dim=2))
         images = torch.cat([images, block], dim=2)
-    small = basis.mT @ images
-    finite = small.isfinite().all(dim=2).all(dim=1)
-    small = torch.where(finite[:, None, None], small, 0.0)
     if symmetric:
-        values, vectors = torch.linalg.eigh((small + small.mT) / 2)
+        values, vectors = rayleigh_ritz(basis, images)
         pairs = Eigenpairs(
             torch.complex(values, torch.zeros_like(values)), torch.complex(vectors, torch.zeros_like(vectors))
         )
     else:
-        pairs = leading_eigenpairs(small, which="smallest_real")
-    lifted = basis.to(pairs.vectors) @ pairs.vectors
-    return Eigenpairs(
-        torch.where(finite[:, None], pairs.values, torch.nan), torch.where(finite[:, None, None], lifted, torch.nan)
-    )
+        pairs = leading_eigenpairs(basis.mT @ images, which="smallest_real")
+    return Eigenpairs(pairs.values, basis.to(pairs.vectors) @ pairs.vectors)
 
 
-class _Fresh:
+def rayleigh_ritz(basis: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Ritz values [N, m] of symmetric matrices, ascending, and vectors [N, m, m] in the coordinates of an orthonormal
+    basis [N, S, m]; NaN where its ``images`` are not finite.
+    """
+    small = basis.mT @ images
+    finite = small.isfinite().all(dim=2).all(dim=1)
+    values, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], (small + small.mT) / 2, 0.0))
+    return torch.where(finite[:, None], values, torch.nan), torch.where(finite[:, None, None], vectors, torch.nan)
+
+
+class Fresh:
     """Random vectors [S], the same sequence in every run."""
 
     def __init__(self, jacobian: MapJacobian) -> None:
@@ -56,7 +60,7 @@ class _Fresh:
         return vector.to(device=self._like.device, dtype=self._like.dtype)
 
 
-def _added(basis: Tensor, vector: Tensor, fresh: _Fresh) -> Tensor:
+def new_direction(basis: Tensor, vector: Tensor, fresh: Fresh) -> Tensor:
     """A unit vector [N, S] orthogonal to the columns of the basis, along ``vector`` where that has anything beside."""
     length = vector.norm(dim=1, keepdim=True)
     rest = _beside(basis, vector / torch.where(length > 0, length, 1.0))

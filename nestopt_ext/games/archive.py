@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import _checkpoint
 
-_VERSION = 1
+_VERSION = 2
 _Record = TypeVar("_Record")
 
 #: The rank of a direction at its bifurcation, 0 for the leading one, and the side, +1 or -1; from the start on.
@@ -74,7 +74,8 @@ class Branch:
     ``partner`` is the other one, None where there is none. ``value`` is
     the eigenvalue, or the exponent, of the direction and ``size`` the length of the first step. ``begin`` [S] is the
     state after it. Once ridden: ``end`` [S], the ``losses`` there, the number of ``steps`` and the length of the last
-    one, ``moved``. ``solution`` is the id of the solution at its end, None where there is none.
+    one, ``moved``. ``solution`` is the id of the solution at its end, None where there is none. ``curvature`` holds
+    bounds of the lowest eigenvalue there, where that tells it from a saddle: the same number twice where it is known.
     """
 
     id: int
@@ -94,6 +95,7 @@ class Branch:
     moved: float = 0.0
     status: BranchStatus = BranchStatus.pending
     solution: int | None = None
+    curvature: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +132,7 @@ class Archive:
         self._pending: list[int] = []
         self._settings: dict[str, Any] = {}
         self._ride: dict[str, Any] | None = None  # the branches on their way, see _rides.Ride
+        self._search: dict[str, Any] | None = None  # for bifurcations, see _rides.Search
 
     def __repr__(self) -> str:
         return (
@@ -153,6 +156,11 @@ class Archive:
     def complete(self) -> bool:
         """Whether there was a ride and nothing is left to be ridden."""
         return self.starts is not None and bool(self.bifurcations) and not self.pending
+
+    @property
+    def along_ridges(self) -> bool:
+        """Whether branches were ridden along ridges, as :class:`EigenRidges` does, not by steps of a map."""
+        return self._settings.get("method") == "EigenRidges"
 
     def path(self, branch: int) -> list[Branch]:
         """The branches from a start to the given one, which is the last."""
@@ -198,14 +206,17 @@ class Archive:
     def table(self) -> str:
         """The solutions as text, with the number of branches that ended at each.
 
-        The last step is the length of it, of the first of these branches, and the fingerprint its way: rank and sign of
-        each branch.
+        The last step is the length of it, of the first of these branches, the curvature the lowest eigenvalue at its
+        end, or bounds of it, if the method looks, and the fingerprint its way: rank and sign of each branch.
         """
-        rows = [["solution", "losses", "last step", "branches", "fingerprint"]]
+        rows = [["solution", "losses", "last step", "curvature", "branches", "fingerprint"]]
         for found in self.solutions:
             losses = " ".join(f"{loss:.4g}" for loss in found.losses)
             way = " ".join(f"{rank}{'+' if sign > 0 else '-'}" for rank, sign in found.fingerprint)
-            rows.append([str(found.id), losses, f"{found.moved:.1e}", str(len(found.branches)), way])
+            curvature = _interval(self.branches[found.branches[0]].curvature)
+            rows.append([str(found.id), losses, f"{found.moved:.1e}", curvature, str(len(found.branches)), way])
+        if all(row[3] == "" for row in rows[1:]):
+            rows = [[*row[:3], *row[4:]] for row in rows]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -223,6 +234,7 @@ class Archive:
             "pending": list(self._pending),
             "settings": dict(self._settings),
             "ride": self._ride,
+            "search": self._search,
         }
         _checkpoint.save(Path(path), state)
 
@@ -242,9 +254,16 @@ class Archive:
             archive._pending = state["pending"]
             archive._settings = state["settings"]
             archive._ride = state["ride"]
+            archive._search = state["search"]
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise _checkpoint.CheckpointError(f"{path}: is not an archive of a ride: {error!r:.120}.") from error
         return archive
+
+
+def _interval(bounds: tuple[float, float] | None) -> str:
+    if bounds is None:
+        return ""
+    return f"{bounds[0]:.3g}" if bounds[0] == bounds[1] else f"{bounds[0]:.3g} to {bounds[1]:.3g}"
 
 
 # ---- records as columns ---------------------------------------------------------------------------------------------

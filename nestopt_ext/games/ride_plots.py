@@ -2,221 +2,125 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from .. import _lists
-from .._checkpoint import write_atomically
-from ..optim._arguments import check_real
 from ._linearized import Step, check_step
-from .archive import Archive, BranchStatus
-from .lyapunov import max_lyapunov_exponent
-from .maps import OptimizerMap
+from ._phase_portrait import Plane, draw_exponents, draw_places, draw_rides, draw_steps
+from ._ride_looks import SolutionLooks, new_figure, save_with_legend
+from ._ride_tree import draw_tree, tree_height
+from .archive import Archive
 from .spectrum import _check_count
 
-_PALETTE = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
-_NOWHERE = "0.65"
 
-_Place = tuple[int, float]
+def plot_ride_tree(
+    archive: Archive,
+    path: str | PathLike[str] | None = None,
+    *,
+    axes: Any = None,
+    labels: Sequence[str] | None = None,
+    colors: Sequence[Any] | None = None,
+    title: str = "",
+) -> None:
+    """Draws the tree of an archive, into the PNG ``path``, which is replaced atomically, or into ``axes``.
 
+    From left to right: starts, bifurcations (diamonds) and the branches that leave them, called by side, length of the
+    first step and rank of the direction (``+0.5 d0``), in the color of the solution (star) where they end. Grey ends at
+    no solution, dotted where it failed, dashed where it is pending. An open diamond is the same place as another one,
+    whose branches are drawn there. Beyond 100 rows nothing is named but in the legend.
 
-def plot_ride_tree(archive: Archive, path: str | PathLike[str], *, title: str = "") -> None:
-    """Draws the tree of an archive into the PNG ``path``, which is replaced atomically.
+    Args:
+        archive: of a :func:`ridge_rider`.
+        path: the file; None for ``axes``.
+        axes: Matplotlib axes to draw into, in place of a file; ``axes.legend()`` has the entries.
+        labels: what each solution is called; None for its number and losses.
+        colors: the color of each solution, any that Matplotlib knows; None for a palette of seven, and grey.
+        title: what stands above.
 
-    From left to right: starts, bifurcations (dots) and the branches that leave them, in the color of the solution where
-    they end, which stands beside its last branch; grey ends at no solution, dotted where it failed, dashed where it is
-    pending. A dot that is open is the same as another one, whose branches are drawn there.
-
-    Raises TypeError for what is no archive, ValueError for an empty one, and ImportError without Matplotlib.
+    Raises TypeError for what is no archive, ValueError for an empty one and other bad arguments, and ImportError
+    without Matplotlib.
     """
     caller = "plot_ride_tree"
     _check_archive(caller, archive)
-    bifurcations, rows = _layout(archive)
-    figure = _figure(caller, 8, min(30.0, max(3.0, 0.22 * len(rows))), title)
-    axes = figure.add_subplot()
-    for branch in archive.branches:
-        depth, height = bifurcations[branch.bifurcation]
-        end = (depth + 1, rows[branch.id])
-        line = "--" if branch.status is BranchStatus.pending else ":" if branch.status.failed else "-"
-        axes.plot([depth, end[0]], [height, end[1]], line, color=_color(branch.solution), lw=1.2, zorder=1)
-        sign = "+" if branch.sign > 0 else "\N{MINUS SIGN}"
-        if len(rows) <= 200:
-            axes.annotate(f"{branch.rank}{sign}", ((depth + end[0]) / 2, (height + end[1]) / 2), fontsize=6)
-        if branch.solution is not None:
-            losses = ", ".join(f"{loss:.3g}" for loss in archive.solutions[branch.solution].losses)
-            axes.plot(*end, "s", color=_color(branch.solution), ms=4)
-            axes.annotate(f"  {branch.solution}: {losses}", end, fontsize=7, va="center")
-    for bifurcation in archive.bifurcations:
-        face = "white" if bifurcation.same_as is not None else "black"
-        axes.plot(*bifurcations[bifurcation.id], "o", color="black", mfc=face, ms=5, zorder=2)
-    deepest = max([depth for depth, _ in bifurcations.values()]) + 1
-    axes.set_xticks(range(deepest + 1), ["start", *map(str, range(1, deepest + 1))])
-    axes.set_xlabel("branches from the start")
-    axes.set_xlim(-0.2, deepest + 0.6)
-    axes.set_yticks([])
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    _save(figure, path)
+    _check_target(caller, path, axes)
+    looks = SolutionLooks(caller, archive, labels, colors)
+    if path is None:
+        draw_tree(axes, archive, looks)
+        axes.set_title(title)
+        return
+    figure = new_figure(caller, 7.5, tree_height(archive), title)
+    drawn = figure.subplots()
+    draw_tree(drawn, archive, looks)
+    save_with_legend(figure, drawn, path, 5)
 
 
 def plot_phase_portrait(
     step: Step,
-    path: str | PathLike[str],
+    path: str | PathLike[str] | None = None,
     *,
-    bounds: Sequence[tuple[float, float]],
+    axes: Any = None,
+    bounds: Sequence[tuple[float, float]] | None = None,
+    probabilities: bool = False,
     archive: Archive | None = None,
     horizon: int = 10,
     resolution: int = 41,
-    num_steps: int = 200,
-    names: tuple[str, str] = ("$w_1$", "$w_2$"),
+    num_steps: int | None = None,
+    names: tuple[str, str] | None = None,
+    labels: Sequence[str] | None = None,
+    colors: Sequence[Any] | None = None,
     title: str = "",
 ) -> None:
-    """Draws a map of the plane into the PNG ``path``: its largest exponents as a heat map and its steps as arrows.
+    """Draws a map of the plane, into the PNG ``path``, which is replaced atomically, or into ``axes``: its largest
+    exponents as a heat map and the directions of its steps as arrows.
 
     Args:
         step: an :class:`OptimizerMap` of two parameters, whose buffers are zero in the picture, or a differentiable
             function from [B, 2] to [B, 2].
-        path: the file, replaced atomically.
-        bounds: the smallest and the largest value drawn of each of the two.
-        archive: its bifurcations (stars), the ways that ``step`` takes from the first step of each branch, in the color
-            of the solution that the ride found, and the solutions (squares), as far as they are within the bounds.
+        path: the file; None for ``axes``.
+        axes: Matplotlib axes to draw into, in place of a file; ``axes.legend()`` has the entries.
+        bounds: the smallest and the largest value drawn of each of the two. None is (0, 1) for probabilities.
+        probabilities: draws sigmoid(w) in place of w, for games of two logits.
+        archive: its bifurcations (diamonds) and the starts they were found from, the ways that ``step`` takes from the
+            first step of each branch in the color of the solution that the ride found, and the solutions (stars). Rides
+            along ridges are no steps of a map, and are drawn straight from begin to end.
         horizon: the steps over which exponents are taken, as for :func:`max_lyapunov_exponent`.
-        resolution: points along each side, all of which are one tensor program.
-        num_steps: steps drawn of each way.
+        resolution: cells along each side, all of which are one tensor program.
+        num_steps: the most steps drawn of each way; None for all that the ride took.
         names: what the axes are called.
+        labels: what each solution is called; None for its number and losses.
+        colors: the color of each solution, any that Matplotlib knows; None for a palette of seven, and grey.
         title: what stands above.
 
     Raises TypeError or ValueError for bad arguments, and ImportError without Matplotlib.
     """
     caller = "plot_phase_portrait"
     check_step(caller, step)
+    _check_target(caller, path, axes)
+    for name, value, least in (("horizon", horizon, 1), ("resolution", resolution, 2)):
+        _check_count(caller, name, value, least)
+    if num_steps is not None:
+        _check_count(caller, "num_steps", num_steps, 1)
+    plane = Plane(caller, step, bounds, probabilities=probabilities)
+    looks = None
     if archive is not None:
         _check_archive(caller, archive)
-    for name, value, least in (("horizon", horizon, 1), ("resolution", resolution, 2), ("num_steps", num_steps, 1)):
-        _check_count(caller, name, value, least)
-    plane = _Plane(caller, step, bounds, resolution)
-    figure = _figure(caller, 7, 5.6, title)
-    axes = figure.add_subplot()
-    exponents = max_lyapunov_exponent(step, plane.states, num_steps=horizon).exponent.detach().cpu()
-    limit = float(exponents[exponents.isfinite()].abs().max()) if bool(exponents.isfinite().any()) else 1.0
-    heat = axes.pcolormesh(
-        *plane.edges, plane.square(exponents), cmap="RdBu_r", vmin=-limit, vmax=limit, shading="auto"
-    )
-    figure.colorbar(heat, ax=axes, label=f"largest exponent over {horizon} steps")
-    _arrows(axes, step, plane)
-    if archive is not None:
-        _ways(axes, step, plane, archive, num_steps)
-    axes.set_xlim(*bounds[0])
-    axes.set_ylim(*bounds[1])
-    axes.set_xlabel(names[0])
-    axes.set_ylabel(names[1])
-    _save(figure, path)
-
-
-# ---- the tree -------------------------------------------------------------------------------------------------------
-
-
-def _layout(archive: Archive) -> tuple[dict[int, _Place], dict[int, float]]:
-    """Where each bifurcation is, and the height at which each branch ends; none of two branches ends at one height."""
-    leaving: dict[int, list[int]] = {}
-    for branch in archive.branches:
-        leaving.setdefault(branch.bifurcation, []).append(branch.id)
-    ends: dict[int | None, list[int]] = {}
-    for bifurcation in archive.bifurcations:
-        ends.setdefault(bifurcation.parent, []).append(bifurcation.id)
-    heights: dict[int, float] = {}
-    rows: dict[int, float] = {}
-    free = 0
-    # children first, by a stack, since a tree may be deeper than calls may
-    open_: list[tuple[str, int]] = [("place", number) for number in reversed(ends.get(None, []))]
-    while open_:
-        what, number = open_.pop()
-        if what == "place":
-            branches = leaving.get(number, [])
-            open_.append(("placed", number))
-            for branch_id in reversed(branches):
-                open_.append(("end", branch_id))
-                open_ += [("place", child) for child in reversed(ends.get(branch_id, []))]
-        elif what == "end":
-            below = [heights[child] for child in ends.get(number, [])]
-            rows[number] = below[0] if below else float(-free)
-            free += 0 if below else 1
-        else:
-            below = [rows[branch_id] for branch_id in leaving.get(number, [])]
-            heights[number] = sum(below) / len(below) if below else float(-free)
-            free += 0 if below else 1
-    depths = {b.id: 0 if b.parent is None else archive.branches[b.parent].depth for b in archive.bifurcations}
-    return {number: (depths[number], height) for number, height in heights.items()}, rows
-
-
-def _color(solution: int | None) -> str:
-    return _NOWHERE if solution is None else _PALETTE[solution % len(_PALETTE)]
-
-
-# ---- the plane ------------------------------------------------------------------------------------------------------
-
-
-class _Plane:
-    """A grid of states."""
-
-    def __init__(self, caller: str, step: Step, bounds: Any, resolution: int) -> None:
-        if not isinstance(bounds, tuple | list) or len(bounds) != 2 or any(len(pair) != 2 for pair in bounds):
-            raise ValueError(f"{caller}: bounds must be two pairs, the least and the most of each; got {bounds!r:.80}.")
-        for i, (least, most) in enumerate(bounds):
-            check_real(caller, f"bounds[{i}][0]", least)
-            check_real(caller, f"bounds[{i}][1]", most)
-            if least >= most:
-                raise ValueError(f"{caller}: bounds[{i}] must be a smaller and a larger number; got {bounds[i]!r}.")
-        if isinstance(step, OptimizerMap) and step.num_parameters != 2:
-            raise ValueError(f"{caller}: step must have 2 parameters; got {step.num_parameters}.")
-        self.resolution = resolution
-        self.edges = [torch.linspace(least, most, resolution, dtype=torch.float64) for least, most in bounds]
-        self.states = _started(step, torch.cartesian_prod(*self.edges))
-
-    def square(self, values: Tensor) -> Any:
-        """Values of the states as rows of the picture."""
-        return values.reshape(self.resolution, self.resolution).T.numpy()
-
-
-def _started(step: Step, parameters: Tensor) -> Tensor:
-    """States with the given parameters [N, 2]."""
-    return step.start(parameters) if isinstance(step, OptimizerMap) else parameters
-
-
-def _arrows(axes: Any, step: Step, plane: _Plane) -> None:
-    every = max(1, plane.resolution // 16)
-    with torch.no_grad():
-        moves = (step(plane.states) - plane.states)[:, :2].cpu()
-    moves = moves / moves.norm(dim=1, keepdim=True)
-    x, y = (edge[::every].numpy() for edge in plane.edges)
-    along, up = (plane.square(moves[:, i])[::every, ::every] for i in range(2))
-    axes.quiver(x, y, along, up, color="0.25", alpha=0.6, scale=40, width=0.003)
-
-
-def _ways(axes: Any, step: Step, plane: _Plane, archive: Archive, num_steps: int) -> None:
-    if archive.branches:
-        begins = torch.stack([branch.begin for branch in archive.branches])[:, :2]
-        state = _started(step, begins)
-        ways = [state]
-        with torch.no_grad():
-            for _ in range(num_steps):
-                state = step(state)
-                ways.append(state)
-        paths = torch.stack(ways)[:, :, :2].cpu().numpy()
-        for i, branch in enumerate(archive.branches):
-            axes.plot(paths[:, i, 0], paths[:, i, 1], color=_color(branch.solution), lw=1.2)
-    for bifurcation in archive.bifurcations:
-        axes.plot(*bifurcation.state[:2].tolist(), "*", color="gold", mec="black", ms=12)
-    for solution in archive.solutions:
-        axes.plot(*solution.state[:2].tolist(), "s", color=_color(solution.id), mec="black", ms=8)
-
-
-# ---- figures --------------------------------------------------------------------------------------------------------
+        looks = SolutionLooks(caller, archive, labels, colors)
+    figure = None if path is None else new_figure(caller, 7.5, 6.4, title)
+    drawn = axes if figure is None else figure.subplots()
+    draw_exponents(drawn, plane, horizon, resolution)
+    draw_steps(drawn, plane)
+    if archive is not None and looks is not None:
+        draw_places(drawn, plane, archive)
+        draw_rides(drawn, plane, archive, looks, num_steps)
+        looks.explain(drawn)
+    first, second = names or (("$p_1$", "$p_2$") if probabilities else ("$w_1$", "$w_2$"))
+    drawn.set(xlim=plane.bounds[0], ylim=plane.bounds[1], xlabel=first, ylabel=second)
+    if figure is None or path is None:
+        drawn.set_title(title, fontsize=10)
+    else:
+        save_with_legend(figure, drawn, path, 4)
 
 
 def _check_archive(caller: str, archive: object) -> None:
@@ -226,20 +130,7 @@ def _check_archive(caller: str, archive: object) -> None:
         raise ValueError(f"{caller}: archive must hold at least one bifurcation; got none. Call ridge_rider first.")
 
 
-def _figure(caller: str, width: float, height: float, title: str) -> Any:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(f"{caller}: needs Matplotlib; there is none. Run `pip install matplotlib`.") from error
-    figure = Figure(figsize=(width, height), dpi=120)
-    figure.set_layout_engine("constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title)
-    return figure
-
-
-def _save(figure: Any, path: str | PathLike[str]) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    write_atomically(Path(path), buffer.getvalue())
+def _check_target(caller: str, path: object, axes: object) -> None:
+    if (path is None) == (axes is None):
+        got = "neither" if axes is None else "both"
+        raise ValueError(f"{caller}: path must be given, or axes to draw into; got {got}.")

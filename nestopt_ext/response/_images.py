@@ -80,8 +80,10 @@ def _within(size: int, centres: Tensor, length: Tensor) -> Tensor:
     return (past >= 0) & (past < length)
 
 
-def affine(x: Tensor, angle: Tensor, translate: Tensor, scale: Tensor, shear: Tensor, mode: str = "bilinear") -> Tensor:
-    """Shears, scales, turns about the centre and then moves each image; what comes from outside is 0.
+def affine(
+    x: Tensor, angle: Tensor, translate: Tensor, scale: Tensor, shear: Tensor, mode: str, fill: Tensor | None
+) -> Tensor:
+    """Shears, scales, turns about the centre and then moves each image; the rest is ``fill``, [C or 1, 1, 1] or 0.
 
     ``angle`` [B] in degrees, clockwise; ``translate`` [B, 2] in widths and heights; ``scale`` [B]; ``shear`` [B] in
     degrees along x. A point at p from the centre goes to translate + scale R(angle) [[1, -tan(shear)], [0, 1]] p.
@@ -96,5 +98,11 @@ def affine(x: Tensor, angle: Tensor, translate: Tensor, scale: Tensor, shear: Te
     offset = -2 * (linear * translate.unsqueeze(1)).sum(2, keepdim=True)
     theta = torch.cat([linear, offset], 2).to(x.dtype)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    moved = F.grid_sample(x, grid, mode=mode, padding_mode="zeros", align_corners=False)
+
+    def moved_with_zeros(image: Tensor) -> Tensor:
+        return F.grid_sample(image, grid, mode=mode, padding_mode="zeros", align_corners=False)
+
+    moved = moved_with_zeros(x)
+    if fill is not None:  # added outside; taken off before and put back after, it would round what is inside
+        moved = moved + (1 - moved_with_zeros(torch.ones_like(x[:, :1]))) * fill
     return moved + per_image(0 * theta.sum((1, 2)))  # a NaN in the grid would be taken for a place outside

@@ -200,14 +200,28 @@ class ColorJitter(_Augmentation):
 
 
 class Affine(_Augmentation):
-    """Turns, moves, scales and shears each image about its centre; what comes from outside is 0.
+    """Turns, moves, scales and shears each image about its centre; what comes from outside is ``fill``.
 
     The angle is U[-degrees, degrees]; the move U[-translate, translate] of the width and of the height; the scale
     U[1 - scale, 1 + scale]; the shear along x U[-shear, shear], in degrees. ``mode``: "bilinear" or "nearest".
+    ``fill``: a number, or one for each channel, in units of the pixels; 0 is the mean of standardized pixels, and
+    ``-mean / std`` the black of pixels that were standardized from [0, 1]. At a border, bilinear interpolation is
+    between the image and ``fill``.
+
+    Raises ValueError for another ``mode``, and where ``fill`` does not fit the channels of the images.
 
     Source: torchvision.transforms.RandomAffine, which moves by whole pixels, and takes the nearest by default; tuned in
     the code of Bae & Grosse, Delta-STN (NeurIPS 2020).
+
+    >>> from nestopt_ext.response import HyperParameters, StnModel
+    >>> model = StnModel(nn.Identity(), HyperParameters().add("move", 1.0, low=0.0, high=9.0), centred=True)
+    >>> with model.at(torch.full((1000, 1), 9.0)):                           # moves of up to 9 widths, most of them > 1
+    ...     x = Affine(translate="move", fill=0.5)(torch.ones(1000, 1, 2, 2))
+    >>> x.min().item(), x.max().item(), x.mean().item() < 0.6
+    (0.5, 1.0, True)
     """
+
+    fill: Tensor
 
     def __init__(
         self,
@@ -217,6 +231,7 @@ class Affine(_Augmentation):
         shear: str | None = None,
         *,
         mode: str = "bilinear",
+        fill: float | Sequence[float] = 0.0,
     ) -> None:
         super().__init__()
         if mode not in ("bilinear", "nearest"):
@@ -226,16 +241,24 @@ class Affine(_Augmentation):
         self.scale = scale
         self.shear = shear
         self.mode = mode
+        self.register_buffer("fill", torch.as_tensor(fill, dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
+        self._filled = bool((self.fill != 0).any())
 
     def _augmented(self, x: Tensor) -> Tensor:
+        if len(self.fill) not in (1, x.shape[1]):
+            raise ValueError(
+                f"Affine: fill must be a number for each channel of x, or one; got {len(self.fill)} for {x.shape[1]}."
+            )
         angle, move_x, move_y, growth, shear = (
             _shift(self._strength(hparam, x))
             for hparam in (self.degrees, self.translate, self.translate, self.scale, self.shear)
         )
-        return _images.affine(x, angle, torch.stack([move_x, move_y], 1), 1 + growth, shear, self.mode)
+        moves = torch.stack([move_x, move_y], 1)
+        return _images.affine(x, angle, moves, 1 + growth, shear, self.mode, self.fill.to(x) if self._filled else None)
 
     def extra_repr(self) -> str:
         """The arguments."""
         names = ("degrees", "translate", "scale", "shear")
         given = ", ".join(f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name) is not None)
-        return f"{given}, mode={self.mode!r}"
+        fill = f", fill={self.fill.flatten().tolist()}" if self._filled else ""
+        return f"{given}, mode={self.mode!r}{fill}"

@@ -43,9 +43,8 @@ Source: the experiment on mixtures of Gaussians of Lorraine, Acuna, Vicol, Duven
 in Games", 2022; networks, target and measures are ours.
 """
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -58,6 +57,8 @@ from ... import _checkpoint as checkpoint
 from ..._checkpoint import CheckpointError
 from ..._json_log import JsonLog
 from .. import contents
+from ..identity import conflict, identity
+from ..resources import cpu_threads
 from ..run_folder import CHECKPOINT, LOG
 from ..tune import Interrupted, Progress
 from .mixture_config import MixtureConfig
@@ -66,7 +67,7 @@ from .mixture_report import findings
 from .mixture_results import TEST, TUNING, MixtureResult, Outcome, merit
 from .mixture_scores import coverage
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 
 #: By player and name, [trainings, ...].
 Weights = dict[str, dict[str, Tensor]]
@@ -91,7 +92,7 @@ def mixture(
     run, when ``output`` holds one and ``resume`` was not asked for, or when it is to be continued without ``output``.
     """
     config.check()
-    with _single_threaded():
+    with cpu_threads(1):  # for each operation, since whole batches are shared out
         return _Experiment(config, output, resume, should_stop, progress).run()
 
 
@@ -228,7 +229,7 @@ class _Experiment:
         self.log.sync()
         state = {
             "version": CHECKPOINT_VERSION,
-            "config": self.config.to_json(),
+            "config": identity(self.config),
             "log_bytes": self.log.position,
             "outcomes": [asdict(outcome) for outcome in self.outcomes],
             "weights": self.weights,
@@ -247,9 +248,10 @@ class _Experiment:
         if not self.path.exists() and self.path.parent.is_dir():
             return 0  # stopped before anything was worth saving
         state = checkpoint.load(self.path, CHECKPOINT_VERSION)
-        if state.get("config") != self.config.to_json():
-            raise CheckpointError(f"{self.path}: must be that of a run of this configuration; got another one.")
         try:
+            different = conflict(state.get("config"), identity(self.config))
+            if different:
+                raise CheckpointError(f"{self.path}: {different}")
             self._check(state)
         except ValueError as error:
             raise CheckpointError(f"{self.path}: is damaged: {error}.") from error
@@ -267,7 +269,7 @@ class _Experiment:
         rows = max(0, len(outcomes) - len(tuning))
         expected = {
             "version": CHECKPOINT_VERSION,
-            "config": "",
+            "config": identity(config),
             "log_bytes": 0,
             "outcomes": [template] * len(outcomes),
             "weights": {p: {n: w.new_empty(rows, *w.shape[1:]) for n, w in d.items()} for p, d in self.weights.items()},
@@ -287,14 +289,3 @@ class _Experiment:
 
 def _no_rows(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.new_empty(0, *tensor.shape) for name, tensor in state.items()}
-
-
-@contextlib.contextmanager
-def _single_threaded() -> Iterator[None]:
-    """One thread for each operation, since whole batches are shared out; the setting of the process comes back."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -1,5 +1,6 @@
 """What a reader of a ride is told: the table of solutions, and sentences."""
 
+from ...games import EigenRidges
 from .results import RideResult
 
 
@@ -22,8 +23,8 @@ def findings(result: RideResult) -> list[str]:
     """What the figures say."""
     ride, archive = result.found(None), result.archive
     lines = [
-        f"{result.study.title}: {_solutions(ride)} at the ends of {len(archive.branches)} branches from"
-        f" {len(archive.bifurcations)} places, {result.study.gradients(archive):,} gradient evaluations."
+        f"{result.study.title}: {_many(ride, 'solution')} at the ends of {_many(len(archive.branches), 'branch')} from"
+        f" {_many(len(archive.bifurcations), 'place')}, {result.study.gradients(archive):,} gradient evaluations."
     ]
     per_start = result.most_from_one_start()
     if len(per_start) > 1:
@@ -31,12 +32,17 @@ def findings(result: RideResult) -> list[str]:
         lines.append(f"From one start: two or more solutions in {several} of {len(per_start)} starts.")
     for number, end in enumerate(result.ends):
         lines.append(
-            f"{end.name[0].upper()}{end.name[1:]}: {_solutions(result.found(number))} in {len(end.states)} descents of"
-            f" {end.gradients // max(1, len(end.states)):,} steps."
+            f"{end.name[0].upper()}{end.name[1:]}: {_many(result.found(number), 'solution')} in"
+            f" {_many(len(end.states), 'descent')} of {end.gradients // max(1, len(end.states)):,} steps."
         )
     failed = sum(branch.status.failed for branch in archive.branches)
     if failed:
-        lines.append(f"{failed} branches left the bounds or overflowed and have no end.")
+        lines.append(f"{_many(failed, 'branch')} left the bounds or overflowed, without an end.")
+    if isinstance(result.study.method, EigenRidges):
+        least = -result.study.method.min_curvature
+        undecided = sum(b.curvature is not None and b.curvature[0] < least <= b.curvature[1] for b in archive.branches)
+        if undecided:
+            lines.append(f"{_many(undecided, 'branch')} ended where a minimum cannot be told from a saddle.")
     return lines
 
 
@@ -44,5 +50,5 @@ def _count(number: int) -> str:
     return str(number) if number else "-"
 
 
-def _solutions(number: int) -> str:
-    return "1 solution" if number == 1 else f"{number} solutions"
+def _many(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}{'es' if what.endswith('ch') else 's'}"

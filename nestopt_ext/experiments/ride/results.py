@@ -1,6 +1,7 @@
 """What a run of `ride` found: the archive of the ride, and the ends of its rivals, told apart alike."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -61,7 +62,7 @@ class RideResult:
                     tuple(places_of.count(number) for places_of in places),
                 )
             )
-        return sorted(rows, key=lambda row: (-row.branches, *(-count for count in row.rivals)))
+        return _told_apart(sorted(rows, key=lambda row: (-row.branches, *(-count for count in row.rivals))))
 
     def found(self, rival: int | None) -> int:
         """How many different solutions a rival found, or, for None, the ride."""
@@ -91,3 +92,13 @@ class RideResult:
             else:
                 places.append(int(apart.argmin()))
         return places
+
+
+def _told_apart(rows: list[Row]) -> list[Row]:
+    """The rows with a number behind a name that an earlier one has: two solutions may be near the same known one."""
+    seen: Counter[str] = Counter()
+    numbered = []
+    for row in rows:
+        seen[row.name] += 1
+        numbered.append(row if seen[row.name] == 1 else replace(row, name=f"{row.name} ({seen[row.name]})"))
+    return numbered

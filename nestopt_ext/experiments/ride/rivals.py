@@ -6,11 +6,6 @@ from torch import Tensor
 from ...games import Archive, OptimizerMap
 
 
-def same_starts(step: OptimizerMap, starts: Tensor) -> Tensor:
-    """The states of another map at the starts [B, P] of a ride."""
-    return step.start(starts)
-
-
 def beside_bifurcations(step: OptimizerMap, archive: Archive, std: float, count: int, seed: int) -> Tensor:
     """``count`` states near the first bifurcations of a ride in turn, displaced by N(0, std^2) in every parameter."""
     roots = torch.stack([b.state for b in archive.bifurcations if b.parent is None and not b.status.failed])

@@ -2,7 +2,6 @@
 
 import contextlib
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -15,12 +14,15 @@ from ..._json_log import JsonLog
 from ...games import Archive, ridge_rider
 from ..run_folder import CHECKPOINT, LOG
 from ..tune import Interrupted, Progress
-from .config import RideConfig
+from .config import TOY_GAMES, RideConfig
+from .gan import gan_study
+from .polynomial import polynomial_study
 from .report import findings
 from .results import Ends, RideResult
 from .rivals import descend
-from .studies import make_study
-from .study import Rival
+from .shapes import shapes_study
+from .study import Rival, Study
+from .toy import toy_study
 
 #: Seconds of riding between checkpoints; an interrupt writes one at once.
 _CHECKPOINT_SECONDS = 10.0
@@ -49,10 +51,18 @@ def ride(
         return _Run(config, output, resume, should_stop, progress).run()
 
 
+def make_study(config: RideConfig) -> Study:
+    """The study of a configuration that is resolved."""
+    if config.game in TOY_GAMES:
+        return toy_study(config)
+    return {"polynomial": polynomial_study, "shapes": shapes_study, "gan": gan_study}[config.game](config)
+
+
 def num_pieces(config: RideConfig) -> int:
-    """Pieces of work that `ride` tells its progress of: steps of the ride, and of each rival."""
-    study = make_study(config.resolved())
-    return (config.resolved().steps or 0) + sum(rival.num_steps for rival in study.rivals)
+    """Pieces of work that `ride` tells its progress of: steps of the ascent, of the ride, and of each rival."""
+    config = config.resolved()
+    ascents = config.ascent_steps + 1 if config.ascent_steps else 0
+    return ascents + (config.steps or 0) + sum(rival.num_steps for rival in make_study(config).rivals)
 
 
 class _Run:
@@ -104,20 +114,17 @@ class _Run:
         self._stage("ride")
         done = self.archive.num_steps
         try:
-            with warnings.catch_warnings():
-                # At a minimum eigenvalues crowd at 0: whether one is well below is known long before all are precise.
-                warnings.filterwarnings("ignore", "spectrum: .* must converge", RuntimeWarning)
-                ridge_rider(
-                    study.problem,
-                    study.starts,
-                    study.method,
-                    key=study.key,
-                    distance=study.distance,
-                    archive=self.archive,
-                    should_stop=self._asked,
-                    on_batch=self._save_now,
-                    **study.options,
-                )
+            ridge_rider(
+                study.problem,
+                study.starts,
+                study.method,
+                key=study.key,
+                distance=study.distance,
+                archive=self.archive,
+                should_stop=self._asked,
+                on_batch=self._save_now,
+                **study.options,
+            )
         except ValueError as error:
             if not done:
                 raise

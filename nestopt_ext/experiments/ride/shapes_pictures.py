@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..games import _style
-from .looks import colours_of_solutions
 from .results import RideResult
 from .shapes import network
 from .shapes_data import FEATURES, SIDE, pictures
@@ -16,14 +15,14 @@ _EXAMPLES = 4
 _CHANCE = 50
 
 
-def new_figure(result: RideResult) -> Any:
+def new_figure(result: RideResult, colours: list[str]) -> Any:
     """The figure: a row of pictures of each class, and a row for each solution."""
     solutions = result.archive.solutions
     figure = _style.new_figure(11.0, 3.6 + 1.45 * len(solutions), "three features, each of which tells the class")
     above, below = figure.subfigures(2, 1, height_ratios=(2.6, 1.45 * len(solutions) + 0.4))
     _examples(above, result)
     if solutions:
-        _solutions(below, result)
+        _solutions(below, result, colours)
     return figure
 
 
@@ -47,15 +46,17 @@ def _examples(figure: Any, result: RideResult) -> None:
                 place.set_title(FEATURES[number], fontsize=9)
 
 
-def _solutions(figure: Any, result: RideResult) -> None:
+def _solutions(figure: Any, result: RideResult, colours: list[str]) -> None:
     width = result.config.width or 1
+    of_key = {id(row.key): colour for row, colour in zip(result.rows, colours, strict=True)}
+    own = [of_key[id(solution.key)] for solution in result.archive.solutions]
     shown = min(width, 6)
     solutions = result.archive.solutions
     grid = figure.subplots(len(solutions), shown + 1, squeeze=False, width_ratios=(*[1.0] * shown, 2.2))
     figure.suptitle(
         "solutions of the ride: weights of each hidden unit, and what a channel classifies alone", fontsize=10
     )
-    for axes, solution, colour in zip(grid, solutions, colours_of_solutions(result), strict=True):
+    for axes, solution, colour in zip(grid, solutions, own, strict=True):
         weights = network(width, solution.state).hidden.weight.detach()
         for place, weight in zip(axes, weights[:shown], strict=False):
             _show(place, _coloured(weight, most=float(weights.abs().max())))
@@ -70,7 +71,7 @@ def _bars(axes: Any, shares: Tensor, *, last: bool) -> None:
     axes.invert_yaxis()
     axes.set(xlim=(0, 100))
     if last:
-        axes.set_xlabel("right, %", fontsize=8)
+        axes.set_xlabel("right, % (dashed: by chance)", fontsize=8)
     axes.tick_params(axis="x", labelsize=8, labelbottom=last)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -18,6 +18,7 @@ _MAPS: dict[str, Callable[[Game, float], OptimizerMap]] = {
     "extragradient": extragradient_map,
     "lola": lola_map,
 }
+_NAMES = {"sgd": "gradient descent", "extragradient": "extragradient", "lola": "LOLA"}
 #: Gradients of all players that one step costs; a product with second derivatives counts as two.
 _COSTS = {"sgd": 1, "extragradient": 2, "lola": 5}
 #: Discounted sums over rounds are told as means of a round.
@@ -102,7 +103,7 @@ def toy_study(config: RideConfig) -> Study:
         """As many descents as cost what the ride did."""
         return max(1, gradients(archive) // (cost * steps))
 
-    own = (Rival(f"{c.optimizer}, same starts", step, c.steps, lambda _: step.start(starts)),)
+    own = (Rival(f"{_NAMES[c.optimizer]}, same starts", step, c.steps, lambda _: step.start(starts)),)
     std = max(c.branch_sizes) / math.sqrt(step.num_parameters)
     return Study(
         title=game.title,
@@ -118,7 +119,7 @@ def toy_study(config: RideConfig) -> Study:
         row=lambda key: [_told(key)],
         gradients=gradients,
         rivals=(
-            Rival("gradient descent, same starts", plain, c.steps, lambda _: plain.start(starts)),
+            Rival(f"{_NAMES['sgd']}, same starts", plain, c.steps, lambda _: plain.start(starts)),
             *(own if c.optimizer != "sgd" else ()),
             Rival(
                 "noise at the branchings",

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ import torch
 
 from ... import _checkpoint as checkpoint
 from ..._json_log import JsonLog
-from ..config import ConfigError
+from ..identity import conflict, identity
+from ..resources import cpu_threads, fitting, usable_device
 from ..run_folder import CHECKPOINT, LOG
-from ..tune import Interrupted, Progress, usable_device
+from ..tune import Interrupted, Progress
 from . import contents
 from .config import RESPONSE_METHODS, SEARCHES, Budget, SelfTuneConfig
 from .course import Course, TrainingDiverged
@@ -27,7 +28,7 @@ from .results import MethodResult, lowest
 from .search import Unavailable, make_search
 from .space import inside
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 #: Seconds of training between checkpoints; an interrupt writes one at once.
 _CHECKPOINT_SECONDS = 30.0
 #: Units of progress for each method.
@@ -60,17 +61,12 @@ def make_problem(config: SelfTuneConfig) -> SelfTuningProblem:
     Raises ConfigError, DataError and FormatError for what the caller can mend.
     """
     config = config.resolved()
-    with _threads(config):
+    with cpu_threads(config.threads):
         device = usable_device(config.device)
         kind = LanguageProblem if config.data == "ptb" else PictureProblem
-        try:
+        with fitting(device, config.width):
             problem: SelfTuningProblem = kind(config, device)
             problem.model()
-        except (RuntimeError, MemoryError) as error:
-            cause = (str(error).strip().splitlines() or ["no reason given"])[0][:120].rstrip(".")
-            raise ConfigError(
-                f"--width {config.width} or the data set is too large for --device {device}: {cause}."
-            ) from error
     return problem
 
 
@@ -93,8 +89,8 @@ def self_tune(
     run is saved and Interrupted is raised.
 
     Raises ConfigError, DataError and FormatError for what the caller can mend, CheckpointError when the checkpoint is
-    damaged or that of another run, and SelfTuneError when every method fails, or when ``output`` holds a run and
-    ``resume`` was not asked for.
+    damaged, and SelfTuneError when every method fails, when the checkpoint is that of another run, or when ``output``
+    holds a run and ``resume`` was not asked for.
     """
     config = config.resolved()
     if resume and output is None:
@@ -106,19 +102,8 @@ def self_tune(
                     f"{output / name}: is there already. Continue with resume=True, or give another output."
                 )
     problem = problem or make_problem(config)
-    with _threads(config), _random_state(problem.device):
+    with cpu_threads(config.threads), _random_state(problem.device):
         return _Run(config, problem, output, resume, should_stop, progress).run()
-
-
-@contextlib.contextmanager
-def _threads(config: SelfTuneConfig) -> Iterator[None]:
-    """The CPU threads of ``config``; those of the process come back afterwards."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager
@@ -158,7 +143,7 @@ class _Run:
         with self.log:
             if not self.log.position:
                 start = {d.name: d.start for d in self.problem.space}
-                self.log.write("config", **_identity(self.config), start=start)
+                self.log.write("config", **identity(self.config), start=start)
             for number, method in enumerate(self.config.method):
                 if number >= len(self.finished):
                     self._finish(method)
@@ -305,7 +290,7 @@ class _Run:
             self.path,
             {
                 "version": CHECKPOINT_VERSION,
-                "config": _identity(self.config),
+                "config": identity(self.config),
                 "data": self.problem.fingerprint(),
                 "log_bytes": self.log.position,
                 "finished": [asdict(result) for result in self.finished],
@@ -321,19 +306,14 @@ class _Run:
             return 0  # stopped before anything was worth saving
         state = checkpoint.load(self.path, CHECKPOINT_VERSION)
         try:
+            different = conflict(state.get("config"), identity(self.config))
+            if different:
+                raise SelfTuneError(f"{self.path}: {different}")
             contents.check_state(state, self.config.method, [d.name for d in self.problem.space])
         except ValueError as error:
             raise checkpoint.CheckpointError(f"{self.path}: is damaged: {error}.") from error
-        if state["config"] != _identity(self.config):
-            raise checkpoint.CheckpointError(f"{self.path}: must be that of a run of this configuration; got another.")
         if state["data"] != self.problem.fingerprint():
             raise SelfTuneError(f"{self.path}: was made with other data than --data and --data-dir give now.")
         self.finished = [MethodResult(**result) for result in state["finished"]]
         self.trials, self.pending = state["trials"], state["pending"]
         return int(state["log_bytes"])
-
-
-def _identity(config: SelfTuneConfig) -> dict[str, Any]:
-    """The choices that make a run what it is; where its data lie is not one of them."""
-    values = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "data_dir"}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
