@@ -23,6 +23,7 @@ from ..curvature._evaluation import observe
 from ..curvature._gradient import Gradient
 from ..curvature._program import Entry, Program, Recorder, compiled
 from ..curvature._program import Unfit as Unrecordable
+from ..curvature._series import sum_by_products
 from ..solvers._product import Product
 from ..solvers._solve import invert
 from ._batch import Batch
@@ -115,6 +116,15 @@ class _Matrix(LinearOperator):
 
     def flat_product(self, v: TensorList) -> TensorList:
         return self._product(v)
+
+    def flat_loop(
+        self, v: TensorList, num_terms: int, alpha: Tensor, damping: float, diagonal: TensorList | None = None
+    ) -> tuple[TensorList, Tensor] | None:
+        program = self._product
+        if diagonal is not None or not isinstance(program, Program):
+            return None
+        torch._foreach_copy_(program.inputs, v)
+        return sum_by_products(program.inputs, program.run, num_terms, alpha, damping)
 
 
 def _check(task: Task, batch: Batch) -> None:
