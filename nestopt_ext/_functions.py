@@ -378,7 +378,7 @@ def _composed(ctx: Any, grad: Tensor, scaled: bool, summed: bool) -> _Gradients:
             of_gates = torch.cat([of_gates, of_shift * response_bias], 1)
         elif gates.shape[1] != channels:
             of_gates = torch.cat([of_gates, torch.zeros_like(of_shift)], 1)
-    return of_data, *_as_asked(ctx, of_gates, of_bias, of_response_bias)
+    return of_data, *_as_asked(ctx, gates, response_bias, of_gates, of_bias, of_response_bias)
 
 
 def _fused(ctx: Any, grad: Tensor, scaled: bool, summed: bool) -> _Gradients:
@@ -400,12 +400,13 @@ def _fused(ctx: Any, grad: Tensor, scaled: bool, summed: bool) -> _Gradients:
         sums = sums.narrow(1, 0, channels)
     elif response_bias is None:
         sums.narrow(1, channels, channels).zero_()
-    return of_data, *_as_asked(ctx, sums, *shared.unbind())
+    return of_data, *_as_asked(ctx, gates, response_bias, sums, *shared.unbind())
 
 
-def _as_asked(ctx: Any, of_gates: Tensor | None, *of_biases: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Those that are needed, like what they are gradients of."""
-    _, gates, response_bias = ctx.saved_tensors
+def _as_asked(
+    ctx: Any, gates: Tensor, response_bias: Tensor | None, of_gates: Tensor | None, *of_biases: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Those that are needed, like what they are gradients of, which checkpointed regions hand out only once."""
     dtypes = (gates.dtype, ctx.bias_dtype, None if response_bias is None else response_bias.dtype)
     if of_gates is not None and len(gates) != len(of_gates):
         of_gates = of_gates.sum(0, keepdim=True)

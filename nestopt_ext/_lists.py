@@ -200,6 +200,8 @@ def _address(tensor: Tensor) -> int:
 
 def to_host(tensors: Sequence[Tensor]) -> list[list[float]]:
     """The values of small tensors as Python numbers, with one copy (one wait) per device for all of them."""
+    if len(tensors) == 1:
+        return [tensors[0].detach().reshape(-1).tolist()]
     values: list[list[float]] = [[] for _ in tensors]
     for device, positions in by_device(tensors).items():
         group = [tensors[i].detach().reshape(-1).to(scalar_dtype(device)) for i in positions]

@@ -346,7 +346,7 @@ def dual_series_(
 _FACTORS = {torch.float32: (torch.float32, torch.bfloat16, torch.float16), torch.float64: _checks.FLOATING}
 
 
-def check_hadamard_gram(gram: Tensor, x: Tensor, y: Tensor, *, positions: int = 1) -> list[Tensor]:
+def check_hadamard_gram(gram: Tensor, x: Tensor, y: Tensor, *, positions: int = 1, ones: bool = False) -> list[Tensor]:
     op = "hadamard_gram_"
     check = _checks.ListCheck(op)
     _checks.require(op, "positions", positions, positions >= 1, "be positive")
@@ -368,13 +368,13 @@ def check_hadamard_gram(gram: Tensor, x: Tensor, y: Tensor, *, positions: int = 
 
 
 _hadamard_gram_ = _define(
-    "hadamard_gram_(Tensor(a!) gram, Tensor x, Tensor y, *, int positions=1) -> ()",
+    "hadamard_gram_(Tensor(a!) gram, Tensor x, Tensor y, *, int positions=1, bool ones=False) -> ()",
     _reference.hadamard_gram_,
     check_hadamard_gram,
 )
 
 
-def hadamard_gram_(gram: Tensor, x: Tensor, y: Tensor, *, positions: int = 1) -> None:
+def hadamard_gram_(gram: Tensor, x: Tensor, y: Tensor, *, positions: int = 1, ones: bool = False) -> None:
     r"""Adds to ``gram`` the inner products of the matrices ``sum_t x_t y_t'``, one for each example, which are never
     formed: with T = ``positions``, ``gram[n, m] += sum_{s, t < T} (x[nT+s] . x[mT+t]) (y[n'T+s] . y[m'T+t])``, where
     n' and m' are n and m modulo the number of examples in ``y``; see :func:`nestopt_ext._reference.hadamard_gram_`.
@@ -384,9 +384,10 @@ def hadamard_gram_(gram: Tensor, x: Tensor, y: Tensor, *, positions: int = 1) ->
     inner products of rows are matrix products of torch, of float32 for 16-bit rows; the products of them are taken and
     added up in the dtype of ``gram`` or a wider one. Beside ``gram`` a few panels of at most 8 MB are needed. With the
     weights of a linear layer, x the gradients of its outputs and y its inputs, or the other way round, this is the Gram
-    matrix of the gradients of N examples. Has no derivative.
+    matrix of the gradients of N examples. With ``ones``, y counts as having one more feature, which is 1: x the
+    gradients and y the inputs, that is the Gram matrix of the weight with its bias. Has no derivative.
     """
-    _hadamard_gram_(gram, x, y, positions=positions)
+    _hadamard_gram_(gram, x, y, positions=positions, ones=ones)
 
 
 # ---- neumann --------------------------------------------------------------------------------------------------------

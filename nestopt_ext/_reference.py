@@ -214,11 +214,12 @@ def dual_series_(
     sq_norms[1:].copy_(torch.stack(norms)[1:])
 
 
-def hadamard_gram_(gram: Tensor, x: Tensor, y: Tensor, *, positions: int = 1) -> None:
+def hadamard_gram_(gram: Tensor, x: Tensor, y: Tensor, *, positions: int = 1, ones: bool = False) -> None:
     r"""``gram[n, m] <- gram[n, m] + sum_{s, t < T} (x[nT+s] . x[mT+t]) (y[n'T+s] . y[m'T+t])``, T = ``positions``.
 
     n' and m' are n and m modulo the number of examples in ``y``. With the matrices A_n = sum_t x[nT+t] y[n'T+t]', what
-    is added is the inner product of A_n and A_m. It goes by tiles of a few examples, of a few million numbers each.
+    is added is the inner product of A_n and A_m. With ``ones``, y has one more feature, which is 1. It goes by tiles of
+    a few examples, of a few million numbers each.
     """
     if gram.numel() == 0:
         return
@@ -233,7 +234,7 @@ def hadamard_gram_(gram: Tensor, x: Tensor, y: Tensor, *, positions: int = 1) ->
     for i in tiles:
         for j in tiles:
             x_dots = torch.tensordot(xs[:, i], xs[:, j], dims=([3], [3])).to(gram.dtype)
-            y_dots = torch.tensordot(ys[i], ys[j], dims=([2], [2])).to(gram.dtype)
+            y_dots = torch.tensordot(ys[i], ys[j], dims=([2], [2])).to(gram.dtype) + ones
             grams[:, i, :, j] += (x_dots * y_dots.unsqueeze(2)).sum((2, 5))
 
 

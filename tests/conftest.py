@@ -1,5 +1,6 @@
 """What every test gets: a fixed seed, random state and threads given back, and memory that is poisoned when new."""
 
+import gc
 import os
 import random
 
@@ -51,6 +52,13 @@ def device(request):
 
 
 @pytest.fixture
+def undrawn(monkeypatch):
+    """Pictures are composed but not drawn, which takes most of the time of a small run; for tests of something else."""
+    figure = pytest.importorskip("matplotlib.figure")
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, file, **_: file.write(b"\x89PNG\r\n\x1a\n"))
+
+
+@pytest.fixture
 def native():
     """For tests of what only the native library does."""
     if native_module() is None:
@@ -63,3 +71,9 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("big_memory") and os.environ.get("NESTOPT_BIG_MEMORY", "0") in ("", "0"):
             item.add_marker(pytest.mark.skip(reason="needs tens of gigabytes of memory; set NESTOPT_BIG_MEMORY=1"))
+
+
+def pytest_collection_finish():
+    """What collecting the tests left stays to the end: no collection of garbage looks at it again."""
+    gc.collect()
+    gc.freeze()

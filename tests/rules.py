@@ -11,6 +11,7 @@ from nestopt_ext.curvature import linearize
 from nestopt_ext.curvature._evaluation import Replay
 from nestopt_ext.curvature._model import Model
 from nestopt_ext.curvature._recording import recorded
+from nestopt_ext.curvature._tangent_kernel import TangentKernel
 from nestopt_ext.curvature._tape import MixesExamples
 
 
@@ -81,10 +82,26 @@ def check_rule(model, inputs, *, rtol=1e-12, opaque=()):
     many_u = jacobian._jacobian.backwards(torch.stack([u, -2 * u]))
     for t, n in zip(many_u, params, strict=True):
         close(t[1], -2 * expected_vjp[n], rtol)
+    check_kernel(jacobian._jacobian, u, rtol)
     for n, b in model.named_buffers():
         assert torch.equal(b, buffers[n])
     for n, p in model.named_parameters():
         assert torch.equal(p, params[n]) and p.grad is None
+
+
+def check_kernel(recording, u, rtol):
+    """J J' in one go is J of J', whether a layer goes by its gradient or by what is kept for many products."""
+    before = u.clone()
+    expected = recording.forward(recording.backward(u))
+    for num_uses in (1, 1000):
+        with recording.reading():
+            kernel = TangentKernel(recording.tape, num_uses)
+            for _ in range(2):
+                found = kernel.product(u)
+                close(found, expected, 4 * rtol)
+                assert found.untyped_storage().data_ptr() != u.untyped_storage().data_ptr()
+        found.fill_(float("nan"))  # memory of its own
+    assert torch.equal(u, before)
 
 
 def check_mixes(model, x):

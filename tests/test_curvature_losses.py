@@ -173,7 +173,9 @@ def test_equals_the_dense_hessian(form, reduction):
     units = torch.eye(z.numel(), dtype=F64).view(-1, *z.shape)
     one_by_one = torch.stack([found(u) for u in units]).reshape(wanted.shape)
     at_once = found.products(units).reshape(wanted.shape)
-    for dense in (one_by_one, at_once):
+    product = found.for_products(100)
+    many = torch.stack([product(u) for u in units]).reshape(wanted.shape)
+    for dense in (one_by_one, at_once, many):
         torch.testing.assert_close(dense, wanted, rtol=1e-12, atol=1e-14 * float(wanted.abs().max()))
     rows, weights = found.factor()
     rows = rows.reshape(len(rows), -1)
@@ -213,6 +215,22 @@ def test_extreme_logits_keep_their_curvature():
     z = torch.tensor([-40.0, 40.0], dtype=F64)
     found = loss_hessian(BCE(reduction="sum"), z, torch.ones(2, dtype=F64))(torch.ones(2, dtype=F64))
     torch.testing.assert_close(found, torch.tensor([1.0, 1.0], dtype=F64) * 4.248354255291589e-18, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-6), (F64, 1e-12)])
+def test_matrices_of_rows_are_as_good_as_the_op(dtype, rtol):
+    """For a class that holds nearly all of p, one that is left out, and a row of no weight, whatever that holds."""
+    z = torch.tensor([[30.0, 0.0, 0.0], [0.3, 1.0, -torch.inf], [1.0, 2.0, 3.0]], dtype=dtype)
+    target, u = torch.tensor([0, 1, 2]), normal(5, 3, 3).to(dtype)
+    hessian = loss_hessian(CE(), z, target)
+    assert hessian.for_products(100) != hessian.product
+    found, wanted = hessian.for_products(100)(u), loss_hessian(CE(), z.double(), target)(u.double())
+    assert float(((found.double() - wanted).norm(dim=1) / wanted.norm(dim=1)).max()) <= rtol
+    z[0, 0] = u[1, 1] = torch.nan
+    found = hessian.for_products(100)(u)
+    assert loss_hessian(CE(), z, target).for_products(100)(u)[:2].isnan().all() and found[1, :2].isnan().all()
+    ignored = loss_hessian(CE(), z, torch.tensor([-100, -100, 2])).for_products(100)(u)
+    assert not ignored[:2].any() and ignored[2].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -99,6 +99,7 @@ def test_run_leaves_everything_and_says_where(tmp_path, capsys):
     assert {p.name for p in (tmp_path / "o").iterdir()} == {"checkpoint.pt", "config.json", "curves.png", "log.jsonl"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_output_with_a_run_in_it_is_not_overwritten_unasked(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run("tune", *SMALL, "--output", "o") == 0
@@ -176,6 +177,7 @@ def test_overwrite_with_a_fault_keeps_the_finished_run(copied, fault):
     assert content(copied) == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_overwrite_replaces_the_files_of_the_run_alone(copied):
     (copied / "notes.txt").write_text("mine")
     before = content(copied)
@@ -211,6 +213,7 @@ def test_output_that_is_a_file_is_refused(tmp_path, capsys):
     assert "not a folder" in capsys.readouterr().err and (tmp_path / "o").read_text() == "mine"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_default_output_passes_by_foreign_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     taken = tmp_path / "runs" / "tune-digits-per-weight-decay-0"
@@ -259,37 +262,24 @@ def test_tampered_checkpoint_gives_one_line(copied, capsys, tampered):
     assert content(copied) == before
 
 
-def test_default_output_never_meets_an_earlier_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert run("tune", *SMALL) == 0 and run("tune", *SMALL) == 0
-    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [
-        "tune-digits-per-weight-decay-0",
-        "tune-digits-per-weight-decay-0-run2",
-    ]
-
-
-def test_resume_refuses_what_conflicts_and_takes_what_agrees(tmp_path, capsys):
-    folder = str(tmp_path / "o")
-    assert run("tune", *SMALL, "--output", folder) == 0
-    capsys.readouterr()
+@pytest.mark.usefixtures("undrawn")
+def test_resume_refuses_what_conflicts_and_takes_what_agrees(copied, capsys):
+    folder = str(copied)
     assert run("tune", "--resume", folder, "--seed", "1") == 2
     assert "--seed 1 conflicts" in capsys.readouterr().err
     assert run("tune", "--resume", folder, "--inner-optimizer", "adam") == 2
     assert "--inner-optimizer adam conflicts" in capsys.readouterr().err
-    assert run("tune", "--resume", folder, "--steps", "6", "--data-dir", str(tmp_path)) == 0
+    assert run("tune", "--resume", folder, "--steps", "6", "--data-dir", folder) == 0
 
 
-def test_damaged_checkpoint_gives_one_line(tmp_path, capsys):
-    folder = tmp_path / "o"
-    assert run("tune", *SMALL, "--output", str(folder)) == 0
-    path = folder / "checkpoint.pt"
+def test_damaged_checkpoint_gives_one_line(copied, capsys):
+    path = copied / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:-100])
-    capsys.readouterr()
-    assert run("tune", "--resume", str(folder)) == 1
+    assert run("tune", "--resume", str(copied)) == 1
     error = capsys.readouterr().err
     assert str(path) in error and error.count("\n") == 1
-    (folder / "config.json").write_text("{")
-    assert run("tune", "--resume", str(folder)) == 2
+    (copied / "config.json").write_text("{")
+    assert run("tune", "--resume", str(copied)) == 2
     assert "config.json" in capsys.readouterr().err
 
 
@@ -333,6 +323,7 @@ def stop_by(number: int, folder: Path) -> tuple[int, str]:
     return process.returncode, errors
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_ctrl_c_leaves_a_run_that_continues_to_the_same_numbers(tmp_path):
     code, errors = stop_by(signal.SIGINT, tmp_path / "stopped")
     assert code == 130
@@ -361,12 +352,10 @@ def test_a_reader_that_goes_away_is_no_fault_of_the_run(tmp_path, arguments):
     assert not output or list(tmp_path.glob("*.png"))
 
 
-def test_overwrite_without_output_replaces_the_default_run(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("undrawn")
+def test_default_output_meets_an_earlier_run_only_to_overwrite_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run("tune", *SMALL) == 0
-    assert run("tune", *SMALL) == 0
-    assert run("tune", *SMALL, "--overwrite") == 0
-    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [
-        "tune-digits-per-weight-decay-0",
-        "tune-digits-per-weight-decay-0-run2",
-    ]
+    names = ["tune-digits-per-weight-decay-0", "tune-digits-per-weight-decay-0-run2"]
+    for extra, expected in (((), names[:1]), ((), names), (("--overwrite",), names)):
+        assert run("tune", *SMALL, *extra) == 0
+        assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == expected

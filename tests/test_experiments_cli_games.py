@@ -85,6 +85,7 @@ def test_run_leaves_everything_and_says_where(name, tmp_path, capsys):
     assert lines[0]["event"] == "config" and lines[0]["experiment"] == name
 
 
+@pytest.mark.usefixtures("undrawn")
 @EXPERIMENTS
 def test_output_with_a_run_in_it_is_not_overwritten_unasked(name, tmp_path, capsys):
     folder = tmp_path / "o"
@@ -146,6 +147,7 @@ def test_folder_with_foreign_files_is_refused_and_left_alone(tmp_path, capsys, n
     assert content(folder) == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_run_of_another_experiment_is_left_alone(tmp_path, capsys):
     folder = tmp_path / "o"
     assert run("dirac", *SMALL["dirac"], "--output", str(folder)) == 0
@@ -154,6 +156,7 @@ def test_run_of_another_experiment_is_left_alone(tmp_path, capsys):
     assert "left alone" in capsys.readouterr().err and content(folder) == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_overwrite_on_a_full_disk_keeps_the_finished_run(tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -168,6 +171,7 @@ def test_overwrite_on_a_full_disk_keeps_the_finished_run(tmp_path, capsys, monke
     assert [path.name for path in tmp_path.iterdir()] == ["o"]  # the folders that the call made are gone
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_overwrite_refuses_a_folder_under_the_name_of_a_file(tmp_path, capsys):
     folder = tmp_path / "o"
     assert run("dirac", *SMALL["dirac"], "--output", str(folder)) == 0
@@ -178,6 +182,7 @@ def test_overwrite_refuses_a_folder_under_the_name_of_a_file(tmp_path, capsys):
     assert "dirac.png" in capsys.readouterr().err and content(folder) == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_default_output_never_meets_an_earlier_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
@@ -186,6 +191,7 @@ def test_default_output_never_meets_an_earlier_run(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["games-dirac-3", "games-dirac-3-run2"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_quick_is_quick_and_yields_to_what_is_typed(tmp_path):
     assert run("dirac", "--quick", "--radius", "1", "--output", str(tmp_path / "o")) == 0
     config = json.loads((tmp_path / "o" / "config.json").read_text())
@@ -225,6 +231,7 @@ def test_a_signal_ends_the_run_after_a_step(tmp_path, number, code):
     assert str(folder) in errors and "Traceback" not in errors and "--resume" not in errors
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_mixture_continues_to_the_same_numbers(tmp_path, capsys, monkeypatch):
     class FifthLook(StopRequest):
         """A signal comes while the second of four trainings is looked at."""

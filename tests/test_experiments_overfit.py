@@ -174,6 +174,13 @@ def test_run_leaves_everything_and_says_where(tmp_path, capsys, model):
     assert {p.name for p in folder.iterdir()} == {"checkpoint.pt", "config.json", "curves.png", "log.jsonl"}
     assert (folder / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert {line["event"] for line in untimed(folder / "log.jsonl")} == {"step", "point"}
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_output_with_a_run_in_it_is_not_overwritten_unasked(tmp_path, capsys):
+    folder = tmp_path / "o"
+    assert run(*SMALL, "--output", str(folder)) == 0
+    capsys.readouterr()
     before = content(folder)
     assert run(*SMALL, "--output", str(folder)) == 2
     assert "--overwrite" in capsys.readouterr().err and content(folder) == before
@@ -184,6 +191,7 @@ def test_run_leaves_everything_and_says_where(tmp_path, capsys, model):
     assert content(folder)["log.jsonl"] != before["log.jsonl"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_stop_gives_the_command_that_continues(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("nestopt_ext.experiments.command.StopRequest.asked", lambda self: True)
     assert run(*SMALL, "--output", str(tmp_path / "o")) >= 128

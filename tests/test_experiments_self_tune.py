@@ -377,6 +377,7 @@ def test_run_leaves_everything_and_says_where(tmp_path, capsys):
     assert content(folder)["log.jsonl"] == before["log.jsonl"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_stop_gives_the_command_that_continues(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("nestopt_ext.experiments.command.StopRequest.asked", lambda self: True)
     assert run(*SMALL, "--output", str(tmp_path / "o")) >= 128

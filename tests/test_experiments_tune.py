@@ -277,27 +277,30 @@ def changed(value, path, wrong):
     return copy
 
 
-@pytest.mark.parametrize(
-    ("setting", "stop"),
-    [(TINY, 2), (TINY, 14), (TINY, 29), (dataclasses.replace(WEIGHTS, inner_optimizer="adam"), 29), (TINY, 0)],
-)
-def test_ill_typed_checkpoint_is_refused_in_one_line_or_harmless(tmp_path, monkeypatch, setting, stop):
-    setting = dataclasses.replace(setting, steps=6)
-    with contextlib.suppress(Interrupted):
-        tune(setting, tmp_path, should_stop=StopAfter(stop))
-    state = checkpoint.load(tmp_path / "checkpoint.pt", 3)
-    log, inputs, refused = (tmp_path / "log.jsonl").read_bytes(), load_inputs(setting), 0
-    for path, wrong in changes(state):
-        (tmp_path / "log.jsonl").write_bytes(log)
-        (tmp_path / "checkpoint.pt").unlink()
-        torch.save(changed(state, path, wrong), tmp_path / "checkpoint.pt")
-        try:
-            with contextlib.suppress(Interrupted):
-                tune(setting, tmp_path, inputs=inputs, resume=True, should_stop=lambda: True)
-        except (CheckpointError, TuneError) as error:
-            refused += 1
-            assert str(error).startswith(str(tmp_path / "checkpoint.pt")) and "\n" not in str(error)
-    assert refused > 100
+def test_ill_typed_checkpoint_is_refused_in_one_line_or_harmless(tmp_path):
+    tried = set()
+    adam = dataclasses.replace(WEIGHTS, inner_optimizer="adam")
+    for number, (setting, stop) in enumerate([(TINY, 2), (TINY, 14), (TINY, 29), (adam, 29), (TINY, 0)]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with contextlib.suppress(Interrupted):
+            tune(setting, folder, should_stop=StopAfter(stop))
+        state = checkpoint.load(folder / "checkpoint.pt", 3)
+        log, inputs, refused = (folder / "log.jsonl").read_bytes(), load_inputs(setting), 0
+        # What an earlier state had in the same place was tried there.
+        fresh = [(path, wrong) for path, wrong in changes(state) if path not in tried]
+        for path, wrong in fresh:
+            (folder / "log.jsonl").write_bytes(log)
+            (folder / "checkpoint.pt").unlink()
+            torch.save(changed(state, path, wrong), folder / "checkpoint.pt")
+            try:
+                with contextlib.suppress(Interrupted):
+                    tune(setting, folder, inputs=inputs, resume=True, should_stop=lambda: True)
+            except (CheckpointError, TuneError) as error:
+                refused += 1
+                assert str(error).startswith(str(folder / "checkpoint.pt")) and "\n" not in str(error)
+        assert refused > len(fresh) // 2
+        tried.update(path for path, _ in fresh)
 
 
 @pytest.mark.parametrize(

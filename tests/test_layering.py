@@ -49,7 +49,7 @@ ROOMS = {
     "__main__": {"experiments"},
     "__init__": FOUNDATION | {"_library", "optim", "curvature", "solvers", "hypergrad", "games", "response"},
 }
-REQUIRED = {"torch", "numpy"}
+REQUIRED = {"torch", "numpy", "typing_extensions"}  # the last comes with torch, and is imported for type checkers alone
 EXTRAS = {
     "_progress": {"tqdm"},
     "response": {"matplotlib"},

@@ -1192,23 +1192,27 @@ def test_compiled_step(momentum, fullgraph, implementation):
 @pytest.mark.parametrize(
     "implementation", [IMPLEMENTATIONS["loop"], IMPLEMENTATIONS["foreach"]], ids=["loop", "foreach"]
 )
-@pytest.mark.parametrize("settings", [{}, {"dampening": 0.5}, {"weight_decay": 0.3}, {"nesterov": True}], ids=str)
-def test_compiled_step_on_a_gradient_that_is_a_matrix_product(settings, implementation):
+def test_compiled_step_on_a_gradient_that_is_a_matrix_product(implementation):
     """Inductor turns a sum with a matrix product into one kernel, and may lose the factor in it."""
     torch.compiler.reset()
     x, y = torch.randn(16, 8, dtype=torch.float64), torch.randn(16, 4, dtype=torch.float64)
-    params, twin = make_params([(8, 4)]), make_params([(8, 4)])
-    ours, theirs = (ComplexSGD(p, lr=0.01, **settings, **implementation) for p in (params, twin))
+    settings = [{}, {"dampening": 0.5}, {"weight_decay": 0.3}, {"nesterov": True}]
+    params, twin = (make_params([(8, 4)] * len(settings)) for _ in range(2))
+    ours, theirs = (
+        [ComplexSGD([p], lr=0.01, **s, **implementation) for p, s in zip(group, settings, strict=True)]
+        for group in (params, twin)
+    )
 
-    def train(param, optimizer):
-        param.grad = x.T @ (x @ param.detach() - y)
-        optimizer.step()
-        param.grad = None
+    def train(params, optimizers):
+        for param, optimizer in zip(params, optimizers, strict=True):
+            param.grad = x.T @ (x @ param.detach() - y)
+            optimizer.step()
+            param.grad = None
 
     compiled = torch.compile(train)
     for _ in range(3):
-        compiled(params[0], ours)
-        train(twin[0], theirs)
+        compiled(params, ours)
+        train(twin, theirs)
     torch.testing.assert_close(params, twin)
 
 

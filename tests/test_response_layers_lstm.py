@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nestopt_ext.response import DeltaStnLSTM, Sample, StnLSTM, using_sample
+from nestopt_ext.response import DeltaStnLSTM, DeltaStnTrainer, HyperParameters, Sample, StnLSTM, StnModel, using_sample
 from nestopt_ext.response.dropconnect import dropped_weight
 
 N, T, B, IN, H = 3, 4, 3, 3, 2
@@ -197,6 +197,75 @@ def test_the_response_step_has_no_weight_gradients_inside_the_recurrence():
         tangent.sum().backward()
     gates, for_all_steps = 4, 5  # W x, V x, V h; two gradients of V
     assert products.count == gates + for_all_steps + T + 2 * (T - 1)  # W h; W dh and its transpose
+
+
+# ---- which calls torch's kernel takes --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    calls = []
+    kernel = torch.lstm
+    monkeypatch.setattr(torch, "lstm", lambda *args: calls.append(1) or kernel(*args))
+    return calls
+
+
+def test_the_kernel_takes_what_is_differentiated_no_further(kernel_calls):
+    """The general step of the trainer, and evaluations; each with the numbers of the cells."""
+    lstm, x, _ = make({}, layer=DeltaStnLSTM)
+    model = StnModel(lstm, HyperParameters(dtype=x.dtype).add("a", [0.1] * N, shape=(N,)), centred=True)
+
+    def answer(first_order, fused):
+        lstm.fused = fused
+        with model.at_centre(first_order=first_order):
+            output = model(x)[0]
+        return [output, *torch.autograd.grad(output.square().sum(), list(model.general_parameters()))]
+
+    by_kernel = answer(True, None)
+    assert len(kernel_calls) == 1
+    assert_close(by_kernel, answer(True, False))
+    answer(False, None)
+    for unconstrained in (model.hparams.unconstrained, model.hparams.perturbed(B)):
+        lstm.fused = None
+        with model.at(unconstrained):
+            model(x)
+    model.eval()
+    model(x)  # with a graph to the hyperparameters
+    assert len(kernel_calls) == 1
+    wanted = answer(False, None)[0]
+    with torch.no_grad():
+        lstm.fused = None
+        assert_close([model(x)[0]], [wanted])
+        assert len(kernel_calls) == 2
+        with forward_ad.dual_level(), model.at_centre():
+            dual = forward_ad.make_dual(x, torch.ones_like(x))
+            assert forward_ad.unpack_dual(model(dual)[0]).tangent is not None
+        torch.func.vmap(lambda row: lstm(row.unsqueeze(1), gate_input=row.new_zeros(N)), 1)(x)
+    assert len(kernel_calls) == 2
+
+
+def test_the_trainer_lets_the_kernel_take_its_general_step(kernel_calls):
+    def trained(fused):
+        torch.manual_seed(0)
+        lstm, x, _ = make({}, layer=DeltaStnLSTM, fused=fused)
+        model = StnModel(lstm, HyperParameters(dtype=x.dtype).add("a", [0.1] * N, shape=(N,)), centred=True)
+
+        def forward(model, batch, carry):
+            output, carry = model(batch, carry)
+            return output, batch, carry
+
+        trainer = DeltaStnTrainer(
+            model, lambda output, target: output.square().mean(), [x, x], [x], forward=forward, warmup_epochs=0,
+            train_steps=1, generator=torch.Generator().manual_seed(2),
+        )  # fmt: skip
+        for _ in range(3):
+            trainer.advance()
+        return [*model.parameters()]
+
+    found = trained(None)
+    assert len(kernel_calls) == 3  # two general steps, and the evaluation at the end of the epoch
+    assert_close(found, trained(False))
+    assert len(kernel_calls) == 3
 
 
 # ---- dropout --------------------------------------------------------------------------------------------------------

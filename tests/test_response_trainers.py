@@ -1,6 +1,9 @@
 """The trainers: each step equal to one written by hand, their schedule, and runs that go on bit for bit."""
 
+import copy
+import inspect
 import json
+import math
 import signal
 import warnings
 
@@ -10,12 +13,14 @@ import torch.nn.functional as F
 from cases import F64
 from helpers import all_same_bits, same_bits
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from nestopt_ext._checkpoint import CheckpointError
 from nestopt_ext.response import (
     DeltaStnLinear,
     DeltaStnTrainer,
+    EpochRecord,
     HyperParameters,
     StnLinear,
     StnModel,
@@ -24,7 +29,9 @@ from nestopt_ext.response import (
     accuracy,
     current_sample,
     plot_history,
+    plots,
 )
+from nestopt_ext.response._trainer_options import TrainerOptions
 
 # ---- a network of two layers with two hyperparameters, and what it computes written out ------------------------------
 
@@ -715,6 +722,24 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path):
         run(True).fit(1, output=tmp_path, resume=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("warmup_epochs", 2), ("train_steps", 3), ("valid_steps", 2), ("max_norm", 1.0), ("tune_scales", False),
+     ("entropy_weight", 0.0), ("linearize", False)],
+)  # fmt: skip
+def test_a_run_goes_on_with_the_options_it_was_made_with(tmp_path, name, value):
+    kept = {"warmup_epochs": 1, "train_steps": 2}
+    trainer = make(True, **kept)
+    trainer.advance()
+    saved = trainer.state_dict()
+    other = make(True, **{**kept, name: value})
+    before = [p.clone() for p in other.model.parameters()]
+    with pytest.raises(ValueError, match=rf"was made with {name} .*, and this trainer has {value}. Resume with {name}"):
+        other.load_state_dict(saved)
+    assert all_same_bits(before, other.model.parameters()) and other.step_count == 0
+    make(True, **kept).load_state_dict(saved)
+
+
 def test_best_pt_is_the_state_of_the_model_at_its_lowest_validation_loss(tmp_path):
     trainer = run(True)
     trainer.fit(3, output=tmp_path)
@@ -757,6 +782,49 @@ def test_a_loss_that_is_not_finite_is_not_stepped_along(delta, bad):
         trainer.valid_step(data())
     assert all_same_bits(before, trainer.model.parameters())
     assert_nothing_left(trainer.model)
+
+
+@pytest.mark.parametrize("delta", [True, False])
+def test_a_refused_step_moves_no_running_statistics(delta):
+    """The pass moved them before its loss was known: they are put back, in the very tensors that others may hold."""
+    model = network(delta, dtype=torch.float32)
+    model.module.insert(1, nn.BatchNorm1d(5))
+    norm = model.module[1]
+    trainer = make(delta, model)
+    buffers, before = list(norm.buffers()), [b.clone() for b in norm.buffers()]
+    x, y = data(dtype=torch.float32)
+    for batch, error in (((x * torch.nan, y), TrainerDiverged), ((x, "no targets"), TypeError)):
+        with pytest.raises(error):
+            trainer.train_step(batch)
+        assert all(a is b for a, b in zip(buffers, norm.buffers(), strict=True)) and all_same_bits(before, buffers)
+    trainer.train_step((x, y))
+    assert norm.num_batches_tracked == 1
+
+
+class Recomputed(nn.Module):
+    """Keeps no activations: each layer is computed again during the backward pass."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return checkpoint(self.module, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("delta", [True, False])
+def test_a_checkpointed_region_is_computed_again_at_the_same_sample(delta):
+    trainers = []
+    for wrapped in (False, True):
+        model = network(delta)
+        if wrapped:
+            model.module[0] = Recomputed(model.module[0])
+        trainers.append(make(delta, model, **({"linearize": False} if delta else {})))
+        trainers[-1].train_step(data())
+        trainers[-1].valid_step(data())
+    found, wanted = (list(trainer.model.parameters()) for trainer in trainers)
+    for f, w in zip(found, wanted, strict=True):
+        torch.testing.assert_close(f, w, rtol=1e-12, atol=1e-14)
 
 
 def test_a_gradient_that_is_not_finite_is_not_stepped_along():
@@ -836,6 +904,65 @@ def test_bad_batches_and_losses():
         trainer.train_step((x, y))
 
 
+@pytest.mark.parametrize("delta", [True, False])
+def test_a_batch_without_examples_is_refused(delta):
+    trainer = make(delta)
+    before = [p.clone() for p in trainer.model.parameters()]
+    empty = torch.zeros(0, 4, dtype=F64), torch.zeros(0, dtype=torch.int64)
+    for step in (trainer.train_step, trainer.valid_step, lambda batch: trainer.evaluate([data(), batch])):
+        with pytest.raises(
+            ValueError, match=r"Trainer: a batch must hold at least one example; got an empty one\. Leave"
+        ):
+            step(empty)
+    assert all_same_bits(before, trainer.model.parameters())
+
+
+def test_loaders_that_keep_their_workers(tmp_path):
+    """They may feed a run that is not saved; validation goes over its batches twice at a time."""
+    loader = DataLoader(TensorDataset(*data()), batch_size=2, num_workers=1, persistent_workers=True)
+    options = {"criterion": F.cross_entropy, "warmup_epochs": 0}
+    trainer = DeltaStnTrainer(network(True), train_batches=loader, valid_batches=[data()], **options)
+    for save in (trainer.state_dict, lambda: trainer.fit(1, output=tmp_path / "run")):
+        with pytest.raises(
+            ValueError, match="train_batches must start its workers anew for each epoch, where there is a"
+        ):
+            save()
+    assert not list(tmp_path.iterdir())
+    assert trainer.fit(2).best is not None and trainer.step_count == 6
+    with pytest.raises(ValueError, match=r"valid_batches must allow two passes at a time; .*persistent_workers=False"):
+        DeltaStnTrainer(network(True), train_batches=[data()], valid_batches=loader, **options)
+
+
+def test_a_trainer_is_copied_unless_a_loader_is_in_the_middle_of_a_pass():
+    whole = run(True, own_generators=True, warmup_epochs=5)
+    whole.fit(1)
+    part = copy.deepcopy(whole)
+    random = torch.get_rng_state()
+    whole.fit(2)
+    torch.set_rng_state(random)
+    part.fit(2)
+    assert_same_run(whole, part)
+    whole.advance()
+    with pytest.raises(
+        TypeError, match="train_batches must not be in the middle of a pass to be copied or pickled; got"
+    ):
+        copy.deepcopy(whole)
+    other = run(True, own_generators=True, warmup_epochs=5)
+    other.load_state_dict(whole.state_dict())
+    assert other.step_count == whole.step_count
+
+
+def test_trainers_show_all_of_their_options():
+    """One list of options serves both; what is shown is the whole of it."""
+    shared, delta = (inspect.signature(kind).parameters for kind in (StnTrainer, DeltaStnTrainer))
+    assert set(delta) - set(shared) == {"response_optimizer", "linearize"} and set(shared) < set(delta)
+    assert all(p.kind is not p.VAR_KEYWORD for p in delta.values())
+    positional = {"model", "criterion", "train_batches", "valid_batches"}
+    assert set(TrainerOptions.__annotations__) == set(shared) - positional - {"train_steps"}
+    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+        make(True, colour=1)
+
+
 def test_bad_arguments_of_fit(tmp_path):
     trainer = make(True)
     for options, error, message in (
@@ -867,6 +994,24 @@ def test_the_picture_of_a_run(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run.png"]
     with pytest.raises(ValueError, match="plot_history: history must hold at least one epoch; got none"):
         plot_history([], tmp_path / "none.png")
+
+
+@pytest.mark.parametrize(
+    ("shape", "labels"),
+    [((), None), ((3,), ["0", "1", "2"]), ((2, 2), ["0,0", "0,1", "1,0", "1,1"]), ((11,), ["range", "median of 11"])],
+)
+def test_the_lines_of_a_picture_are_told_apart(shape, labels):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    values = torch.arange(float(math.prod(shape))).reshape(shape).tolist()
+    history = [EpochRecord(e, e, {}, {"loss": 1.0}, {}, {"a": values}, {}, 0.0) for e in (1, 2)]
+    axes = Figure().add_subplot()
+    plots._path(axes, history, "a")
+    legend = axes.get_legend()
+    assert labels == (None if legend is None else [text.get_text() for text in legend.get_texts()])
+    lines = axes.get_lines()
+    assert len({line.get_color() for line in lines}) == len(lines) == (len(labels) if labels and shape != (11,) else 1)
 
 
 def test_a_picture_without_matplotlib_says_what_is_missing(tmp_path, monkeypatch):

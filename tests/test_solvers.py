@@ -7,7 +7,10 @@ from cases import F64, flat, normal, relative_error, ridge, spd, values
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nestopt_ext
+from nestopt_ext import _lists
 from nestopt_ext.solvers import Identity, Neumann, Solution, Status, neumann_ihvp, solve
+from nestopt_ext.solvers._product import Product
+from nestopt_ext.solvers._solve import invert
 
 A = spd(1, 12, 20.0)
 V = normal(2, 12)
@@ -405,6 +408,36 @@ def test_overflow_in_a_narrow_result_is_said():
 
 def test_large_finite_numbers_are_not_called_non_finite():
     assert solve(lambda x: x, torch.full((3,), 1e150, dtype=F64), Neumann(3, 0.5)).status is Status.max_terms
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "num_terms", "alpha", "finite"),
+    [
+        (3e4, torch.float16, 3, 1.0, False),  # 1.2e5 is finite in float32, where the sum is kept
+        (100.0, torch.float16, 20, 1.0, True),  # the norms add up to more than float16 holds, the entries do not
+        (1e38, torch.float32, 5, 1.0, False),
+        (1e38, torch.float32, 0, 10.0, False),
+        (1e38, torch.float32, 5, 0.1, False),  # the sum before it is multiplied
+        (1e36, torch.float32, 5, 1.0, True),
+    ],
+)
+def test_a_sum_of_finite_terms_that_overflows(value, dtype, num_terms, alpha, finite):
+    v = torch.full((10_000,), value, dtype=dtype)
+    solution = solve(torch.zeros_like, v, Neumann(num_terms, alpha))
+    assert bool(solution.value.isfinite().all()) is finite
+    assert (solution.status is not Status.non_finite) is finite
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        neumann_ihvp(torch.zeros_like, v, num_terms=num_terms, alpha=alpha)
+    assert bool(caught) is not finite
+
+
+def test_what_bounds_a_correction_does_not_bound_the_solution():
+    v, start = torch.zeros(3), torch.tensor([3.3e38, 0.0, 0.0])
+    flat, structure = _lists.flatten("test", "v", [v])
+    product = Product("test", lambda x: [-0.1 * x[0]], structure, flat)
+    inverse = invert("test", product, flat, Neumann(0, 1.0), start=[start])
+    assert inverse.value[0][0].isinf() and inverse.verdict.status is Status.non_finite
 
 
 def test_statuses_carry_their_message():

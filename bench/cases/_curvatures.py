@@ -22,7 +22,7 @@ OURS: dict[str, type[GaussNewton] | type[EmpiricalFisher]] = {
     EMPIRICAL_FISHER: EmpiricalFisher,
 }
 #: How our operators may be told to sum a series, besides choosing for themselves.
-ROUTES = ("loop", "dual")
+ROUTES = ("loop", "outputs", "dual")
 MAX_ROW_BYTES = 2 << 30  # of one gradient for each row, for those who form them
 
 Product = Callable[[Params], Sequence[Tensor]]
@@ -69,7 +69,7 @@ def neumann_sum(product: Product, v: Params, num_terms: int, alpha: float) -> li
 
 
 def takes_route(kind: str) -> bool:
-    """Whether our operator lets its caller choose between the loop and the dual space."""
+    """Whether our operator lets its caller choose how a series is summed."""
     return "route" in inspect.signature(OURS[kind]).parameters
 
 
@@ -86,6 +86,14 @@ def refused(kind: str, problem: Problem, route: str | None) -> str | None:
             return str(refusal)
         raise
     return None
+
+
+def route_for(kind: str, problem: Problem, num_terms: int) -> str | None:
+    """The route that our operator takes of its own for so many terms."""
+    if not takes_route(kind):
+        return None
+    route: str = operator(kind, problem).plan(num_terms).route
+    return route
 
 
 def operator(kind: str, problem: Problem, route: str | None = None, params: Params | None = None) -> Any:

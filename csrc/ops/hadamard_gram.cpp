@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ThreadLocalState.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 
@@ -34,6 +35,7 @@ struct Arguments {
   const at::Tensor* x;
   const at::Tensor* y;
   int64_t positions;
+  bool ones;  // y has one more feature, which is 1
 };
 
 void check(const Arguments& a, ListCheck& checks) {
@@ -103,12 +105,13 @@ template <class Device>
 class HadamardGram {
  public:
   HadamardGram(const Device& device, const at::Tensor& gram, const at::Tensor& x, const at::Tensor& y,
-               int64_t positions)
+               int64_t positions, bool ones)
       : device_(device),
         gram_(gram),
         x_(narrow_to_math(x)),
         y_(narrow_to_math(y)),
         positions_(positions),
+        ones_(ones),
         examples_(y.size(0) / positions),
         copies_(gram.size(0) / examples_),
         // Converting 16 bits gives float32.
@@ -134,6 +137,7 @@ class HadamardGram {
   const at::Tensor& gram_;
   const at::Tensor x_, y_;
   const int64_t positions_;
+  const bool ones_;
   const int64_t examples_;  // of y
   const int64_t copies_;    // of them in x
   const at::TensorOptions panels_;
@@ -171,7 +175,7 @@ class HadamardGram {
         const int64_t at = (strip.first - columns.first) * positions_;
         at::Tensor out = products.narrow(0, products.size(0) - needed.rows(), needed.rows());
         out = out.narrow(1, at, strip.rows());
-        at::mm_out(out, rows_of(y_, needed), rows_of(y_, strip).t());
+        multiply(out, rows_of(y_, needed), rows_of(y_, strip).t(), ones_);
         const int64_t end = at + strip.rows();
         if (square && end < columns.rows()) {
           const at::Tensor after = products.narrow(1, at, strip.rows()).narrow(0, end, columns.rows() - end);
@@ -205,7 +209,7 @@ class HadamardGram {
     const auto add_rows = [&](int64_t first, int64_t last, int64_t y_first) {
       const Span wanted{first, last - first, rows.from, rows.positions};
       for (const Span& part : cut(wanted, device_.sizes().panel / strip.rows())) {
-        const at::Tensor x = product(rows_of(x_, part), x_strip, x_panel);
+        const at::Tensor x = product(rows_of(x_, part), x_strip, false, x_panel);
         HadamardGramTile tile{.x = x.const_data_ptr(),
                               .y = nullptr,
                               .gram = gram_.mutable_data_ptr(),
@@ -224,7 +228,7 @@ class HadamardGram {
         if (part.first < here.first) tile.mirrored_from = 0;
         at::Tensor y = y_products;
         if (!y_products.defined()) {
-          y = product(rows_of(y_, part), y_strip, y_panel);
+          y = product(rows_of(y_, part), y_strip, ones_, y_panel);
         } else {
           const int64_t example = (y_first + part.first - first) % rows.count;
           y = y.narrow(1, (strip.first - columns.first) * positions_, strip.rows());
@@ -253,13 +257,21 @@ class HadamardGram {
     }
   }
 
-  // a b, in memory that is kept in `buffer` from call to call.
-  at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::Tensor& buffer) const {
+  // a b, or a b + 1, in memory that is kept in `buffer` from call to call.
+  at::Tensor product(const at::Tensor& a, const at::Tensor& b, bool plus_one, at::Tensor& buffer) const {
     const int64_t numel = a.size(0) * b.size(1);
     if (!buffer.defined() || buffer.numel() < numel) buffer = at::empty({numel}, panels_);
     at::Tensor out = buffer.narrow(0, 0, numel).view({a.size(0), b.size(1)});
-    at::mm_out(out, a, b);
+    multiply(out, a, b, plus_one);
     return out;
+  }
+
+  static void multiply(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool plus_one) {
+    if (plus_one) {
+      at::addmm_out(out, out.fill_(1), a, b);
+    } else {
+      at::mm_out(out, a, b);
+    }
   }
 };
 
@@ -364,7 +376,11 @@ at::Tensor dense(const at::Tensor& t) {
 
 template <class Device>
 void hadamard_gram_(BoxedArguments next) {
-  const Arguments arguments{.gram = next.tensor(), .x = next.tensor(), .y = next.tensor(), .positions = next.integer()};
+  const Arguments arguments{.gram = next.tensor(),
+                            .x = next.tensor(),
+                            .y = next.tensor(),
+                            .positions = next.integer(),
+                            .ones = next.flag()};
   ListCheck checks("hadamard_gram_");
   check(arguments, checks);
   checks.bump_versions();
@@ -376,7 +392,8 @@ void hadamard_gram_(BoxedArguments next) {
   const bool copied = target.size(1) > 1 && target.stride(1) != 1;
   const at::Tensor gram = copied ? target.contiguous() : target;
   const Device device(gram);
-  HadamardGram<Device>(device, gram, dense(*arguments.x), dense(*arguments.y), arguments.positions).add();
+  HadamardGram<Device>(device, gram, dense(*arguments.x), dense(*arguments.y), arguments.positions, arguments.ones)
+      .add();
   if (copied) target.copy_(gram);
 }
 

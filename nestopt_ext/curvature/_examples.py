@@ -126,17 +126,15 @@ def _carried(node: Node, operands: Sequence[int], cotangent: Tensor) -> list[Ten
     """What goes back to ``operands``, for each of m cotangents."""
 
     def one(u: Tensor) -> tuple[Tensor, ...]:
-        if len(operands) == len(node.wanted):
-            return tuple(node.vjps(u))
-        if type(node).vjp is not Node.vjp:
-            return tuple(node.vjp(i, u, None) for i in operands)
-        return tuple(t for i, t in zip(node.wanted, node.vjps(u), strict=True) if i in operands)
+        return tuple(node.vjps(u, operands))
 
     return _for_each(one, cotangent)
 
 
 def _of_layer(node: Node, i: int, cotangent: Tensor, examples: Examples) -> Gradients:
     dims = examples.of(node)
+    if len(cotangent) == 1:
+        return node.example_gradients(i, cotangent[0], dims, examples.batch)
     made: list[Gradients] = []
 
     def one(u: Tensor) -> tuple[Tensor, ...]:

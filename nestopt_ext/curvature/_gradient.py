@@ -3,8 +3,7 @@
 import functools
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +13,8 @@ from .. import _lists
 from .._types import Loss, TensorList
 from ._evaluation import evaluate
 from ._replay import Replay
-from ._vjp import vjp, vjps
+from ._series import sum_by_products
+from ._vjp import backward, vjp, vjps
 
 _ELEMENTARY = "Write that operation with elementary ones, or use a curvature that needs first derivatives only."
 
@@ -140,39 +140,55 @@ _WRONG_NODES = ("WeightNormInterfaceBackward",)
 _OWN_NODE = re.compile(r"[A-Z]\w*Backward\d+|AccumulateGrad|CopySlices")
 
 
-@contextmanager
-def named_faults(caller: str, name: str) -> Iterator[None]:
-    """Says whose loss it was, and what to do, when PyTorch cannot differentiate it."""
-    try:
-        yield
-    except (RuntimeError, NotImplementedError) as error:
-        text = str(error)
-        cause = text.partition("\n")[0]
-        if "backward through the graph a second time" in text:
-            raise RuntimeError(
-                f"{caller}: {name} must still have its graph; got one that was freed by an earlier backward pass."
-                " Keep it with retain_graph=True, or pass a closure."
-            ) from error
-        if "modified by an inplace operation" in text:
-            raise RuntimeError(
-                f"{caller}: {name} must be computed from the params as they are; got params, or another tensor it uses,"
-                f" changed in place since. Compute it and call {caller} after such a change (an optimizer step is one),"
-                " or pass a closure."
-            ) from error
-        for sign, operation, remedy in _NO_SECOND_DERIVATIVE:
-            if sign in text:
-                raise RuntimeError(
-                    f"{caller}: {name} must be twice differentiable; got {operation} (PyTorch: {cause}). {remedy}"
-                ) from error
-        raise
+class named_faults:
+    """Says whose loss it was, and what to do, when PyTorch cannot differentiate it.
+
+    A class, since entering a generator takes as long as some of what is done inside.
+    """
+
+    __slots__ = ("_caller", "_name")
+
+    def __init__(self, caller: str, name: str) -> None:
+        self._caller = caller
+        self._name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError):  # NotImplementedError among them
+            text = _named(self._caller, self._name, str(error))
+            if text is not None:
+                raise RuntimeError(text) from error
+
+
+def _named(caller: str, name: str, text: str) -> str | None:
+    """What to say in place of PyTorch's ``text``, None to leave it as it is."""
+    if "backward through the graph a second time" in text:
+        return (
+            f"{caller}: {name} must still have its graph; got one that was freed by an earlier backward pass."
+            " Keep it with retain_graph=True, or pass a closure."
+        )
+    if "modified by an inplace operation" in text:
+        return (
+            f"{caller}: {name} must be computed from the params as they are; got params, or another tensor it uses,"
+            f" changed in place since. Compute it and call {caller} after such a change (an optimizer step is one),"
+            " or pass a closure."
+        )
+    cause = text.partition("\n")[0]
+    for sign, operation, remedy in _NO_SECOND_DERIVATIVE:
+        if sign in text:
+            return f"{caller}: {name} must be twice differentiable; got {operation} (PyTorch: {cause}). {remedy}"
+    return None
 
 
 def check_params(caller: str, name: str, labels: Sequence[str], tensors: Sequence[Tensor]) -> None:
     """Tensors that can be differentiated with respect to: at least one, floating, requiring grad, none twice."""
     if not tensors:
         raise ValueError(f"{caller}: {name} must hold at least one tensor; got none.")
+    distributed = _dtensor_types()
     for label, tensor in zip(labels, tensors, strict=True):
-        if isinstance(tensor, _dtensor_types()):
+        if isinstance(tensor, distributed):
             raise TypeError(
                 f"{caller}: {label} must be a plain tensor; got a DTensor. A module under FSDP computes with gathered"
                 " copies, which torch.autograd.grad does not connect to it. Pass the params of a module that is not"
@@ -213,11 +229,11 @@ def _nodes(roots: Sequence[Node | None]) -> set[Node]:
     """All nodes of the graphs of ``roots``."""
     seen = {root for root in roots if root is not None}
     waiting = list(seen)
-    while waiting:
-        for node, _ in waiting.pop().next_functions:
-            if node is not None and node not in seen:
-                seen.add(node)
-                waiting.append(node)
+    for node in waiting:  # which grows meanwhile
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
     return seen
 
 
@@ -228,10 +244,22 @@ def _is_foreign(kind: type) -> bool:
     return _OWN_NODE.fullmatch(kind.__name__) is None
 
 
+#: Types of nodes that are neither foreign nor wrong. They are PyTorch's own, and as long-lived as the process.
+_USUAL: set[type] = set()
+
+
+def _unusual(nodes: set[Node]) -> list[Node]:
+    """The nodes that are foreign, or wrong."""
+    for kind in set(map(type, nodes)) - _USUAL:
+        if not _is_foreign(kind) and not kind.__name__.startswith(_WRONG_NODES):
+            _USUAL.add(kind)
+    return [node for node in nodes if type(node) not in _USUAL]
+
+
 class WrongNodes:
     """The nodes in the graph of a loss whose gradient PyTorch differentiates wrongly in their first input."""
 
-    def __init__(self, nodes: set[Node]) -> None:
+    def __init__(self, nodes: Iterable[Node]) -> None:
         self._found = [node for node in nodes if type(node).__name__.startswith(_WRONG_NODES)]
 
     def refuse(self, inputs: TensorList) -> None:
@@ -251,27 +279,25 @@ class Gradient:
     """The gradient of a scalar loss in ``params``, ready to be differentiated again and again."""
 
     def __init__(self, caller: str, name: str, loss: Loss, params: TensorList) -> None:
-        self._caller = caller
-        self._name = name
         self._params = params
         self._evaluation = evaluate(caller, name, loss)
         value = self._evaluation.loss
-        with torch.enable_grad(), self._differentiating():
+        self._faults = named_faults(caller, name)
+        with torch.enable_grad(), self._evaluation.differentiating(), self._faults:
             # A seed that requires grad makes every once_differentiable function leave its error node in the graph. None
             # of PyTorch's own operations is one, and the seed would only make the graph larger.
-            nodes = _nodes([value.grad_fn])
-            foreign = any(map(_is_foreign, set(map(type, nodes))))
-            seed = torch.ones_like(value, requires_grad=True) if foreign else None
-            grads = torch.autograd.grad(value, params, seed, create_graph=True, allow_unused=True)
+            unusual = _unusual(_nodes([value.grad_fn]))
+            foreign = any(_is_foreign(type(node)) for node in unusual)
+            grads = backward([value], params, [torch.ones_like(value, requires_grad=foreign)], create_graph=True)
             if foreign:
                 _refuse_error_nodes([value, *(g for g in grads if g is not None)])
-        self._wrong_nodes = WrongNodes(nodes)
+        self._wrong_nodes = WrongNodes(unusual)
         if all(g is None for g in grads):
             raise ValueError(
                 f"{caller}: {name} must depend on params; got a graph that none of the {len(params)} tensors is in."
             )
         self._live = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
-        self._grads = [grads[i] for i in self._live]
+        self._grads = [g for g in grads if g is not None and g.requires_grad]
         # Without self, a cycle through which would keep the graph alive.
         self._replay = Replay(functools.partial(_product, self._grads, self._live, params), params)
 
@@ -281,15 +307,34 @@ class Gradient:
 
     def product(self, v: TensorList) -> TensorList:
         """The Hessian times ``v``, a list like the params; shares no memory with ``v``."""
-        with self._differentiating():
+        with self._evaluation.differentiating(), self._faults:
             self._wrong_nodes.refuse(self._params)
             return self._replay(v)
+
+    def neumann_sum(
+        self, v: TensorList, num_terms: int, alpha: Tensor, damping: float
+    ) -> tuple[TensorList, Tensor] | None:
+        """Alpha sum_j (I - alpha (H + damping I))^j v over j = 0 .. num_terms, and the squared norms of the terms.
+
+        None where the params are on several devices, or of 16 bits.
+        """
+        if len({p.device for p in self._params}) > 1 or any(p.dtype.itemsize == 2 for p in self._params):
+            return None
+        self._replay.expect(num_terms)
+        with self._evaluation.differentiating(), self._faults, torch.no_grad():
+            self._wrong_nodes.refuse(self._params)
+            found = self._replay.neumann_sum(v, num_terms, alpha, damping)
+            if found is None:
+                term = [t.clone() for t in v]
+                product = functools.partial(_read_product, self._grads, self._live, self._params, term)
+                found = sum_by_products(term, product, num_terms, alpha, damping)
+            return found
 
     def products(self, v: TensorList) -> TensorList:
         """The Hessian times k lists, [k, *shape] for each param."""
         if not self._live:
             return _lists.zeros_like(v)
-        with self._differentiating():
+        with self._evaluation.differentiating(), self._faults:
             self._wrong_nodes.refuse(self._params)
             return vjps(self._grads, self._params, [v[i] for i in self._live])
 
@@ -298,22 +343,25 @@ class Gradient:
         if not self._live:
             return [None] * len(hparams)
         cotangents = [v[i] for i in self._live]
-        with self._differentiating():
+        with self._evaluation.differentiating(), self._faults:
             self._wrong_nodes.refuse(hparams)
-            return list(torch.autograd.grad(self._grads, hparams, cotangents, retain_graph=True, allow_unused=True))
+            return list(backward(self._grads, hparams, cotangents))
 
     def uses(self, hparams: TensorList) -> bool:
         """Whether any of ``hparams`` is in the graph of the loss itself."""
-        with self._differentiating():
+        with self._evaluation.differentiating(), self._faults:
             grads = torch.autograd.grad(self._evaluation.loss, hparams, retain_graph=True, allow_unused=True)
         return any(g is not None for g in grads)
-
-    @contextmanager
-    def _differentiating(self) -> Iterator[None]:
-        with self._evaluation.differentiating(), named_faults(self._caller, self._name):
-            yield
 
 
 def _product(grads: TensorList, live: list[int], params: TensorList, v: TensorList) -> TensorList:
     """The product by autograd, with those gradients that have a derivative."""
     return vjp(grads, params, [v[i] for i in live]) if live else _lists.zeros_like(params)
+
+
+def _read_product(grads: TensorList, live: list[int], params: TensorList, v: TensorList) -> TensorList:
+    """The same product, to be read only: its tensors may share memory with each other, but not with ``v``."""
+    if not live:
+        return _lists.zeros_like(params)
+    found = backward(grads, params, [v[i] for i in live])
+    return _lists.unshare([torch.zeros_like(p) if f is None else f for f, p in zip(found, params, strict=True)], v)

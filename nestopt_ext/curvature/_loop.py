@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import _lists, _ops
 from .._types import TensorList
 from ._recording import Jacobian
+from ._series import multiply_
 from .loss_hessian import LossHessian
 
 
@@ -28,19 +29,19 @@ def neumann_sum(
     """
     home = v[0].device
     step = alpha.detach().to(_lists.scalar_dtype(home))
-    scaled = middle.scaled(-step)
+    middle_product = middle.scaled(-step).for_products(num_terms)
     kept = _kept(step, damping, diagonal)
     term = [t.clone(memory_format=torch.contiguous_format) for t in v]
     total = [t.clone() for t in term]
     sq_norms = torch.zeros(num_terms + 1, dtype=step.dtype, device=home)
     sq_norms[0] = _lists.norm(term).square()
     for j in range(1, num_terms + 1):
-        u = scaled.product(jacobian.forward(term))
+        u = middle_product(jacobian.forward(term))
         if isinstance(kept, list) or kept is not None:
             torch._foreach_mul_(term, kept)
         jacobian.backward_into(u, term)
         _ops.neumann_step_(term, total, [], step, sq_norm=sq_norms[j])
-    _multiply_(total, step)
+    multiply_(total, step)
     return total, sq_norms
 
 
@@ -51,8 +52,3 @@ def _kept(step: Tensor, damping: float, diagonal: TensorList | None) -> TensorLi
     if damping == 0:
         return None
     return 1 - step * damping
-
-
-def _multiply_(tensors: TensorList, number: Tensor) -> None:
-    """Scales a list in place; a number on the host is read there, which waits for no device."""
-    torch._foreach_mul_(tensors, number if number.device == tensors[0].device else float(number))

@@ -13,9 +13,9 @@ from torch import Tensor
 from .. import _reference
 from .._low_rank import LowRank, explicit
 from .._types import TensorList
+from . import _loop, _output_series
 from ._criteria import Criterion, Targets, recognize, reduction_of
 from ._evaluation import Evaluation, Replay
-from ._loop import neumann_sum
 from ._model import Model, Params, batch_size, part_of
 from ._operator import CurvatureOperator
 from ._plan import Plan, Route
@@ -198,11 +198,17 @@ class ModelCurvature(CurvatureOperator):
     def flat_loop(
         self, v: TensorList, num_terms: int, alpha: Tensor, damping: float, diagonal: TensorList | None = None
     ) -> tuple[TensorList, Tensor] | None:
-        """Term by term, in place; None in 16 bits, which sums are not kept in, and with ``microbatch``."""
+        """Term by term, in the space of the outputs where the plan says so, else in place.
+
+        None in 16 bits, which sums are not kept in, and with ``microbatch``.
+        """
         plain = all(t.device == v[0].device and t.dtype in (torch.float32, torch.float64) for t in v)
         if self._whole is None or not plain:
             return None
-        return neumann_sum(*self._whole, v, num_terms, alpha, damping, diagonal)
+        found = self._routes.for_outputs(num_terms) if diagonal is None else None
+        if found is None:
+            return _loop.neumann_sum(*self._whole, v, num_terms, alpha, damping, diagonal)
+        return _output_series.neumann_sum(*found, self._whole[1], v, num_terms, alpha, damping)
 
     def flat_low_rank(self) -> LowRank | None:
         """The rows S J with H = S' diag(c) S, at most 4096 of them; None beyond.

@@ -1,8 +1,12 @@
-"""Which way to a sum of K terms is faster: K products, or the span of the rows; estimated from sizes alone."""
+"""Which way to a sum of K terms is fastest: by products, in the space of the outputs, or in the span of the rows;
+estimated from sizes alone.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -13,25 +17,30 @@ from .._types import TensorList
 from ._example_rows import gram_macs
 from ._tape import Node, Tape
 
-#: How a series is summed.
-Route: TypeAlias = Literal["auto", "loop", "dual"]
+#: How a series is summed, and how it may be told to be.
+Way: TypeAlias = Literal["loop", "outputs", "dual"]
+Route: TypeAlias = Literal["auto", "loop", "outputs", "dual"]
 
 #: Rows whose inner products are worth a matrix.
 MAX_DUAL_ROWS = 16_384
 #: What rows and matrix may take where the choice is free.
 _MOST_BYTES = 2**31
+#: Terms beyond which no break-even is looked for.
+_MOST_TERMS = 2**20
 
 
 @dataclass(frozen=True)
 class Plan:
     """How a Gauss-Newton or Fisher operator sums a Neumann series of ``num_terms`` products, and the estimates behind.
 
-    ``route`` is "loop", one product after the other, or "dual": the inner products of the gradients of all examples are
-    found once, and the series is summed in their span. ``reason`` says why. ``rows`` counts those gradients; it is None
-    where examples cannot be told apart, and then so is all that follows. ``loop_time`` and ``dual_time`` are seconds on
-    an imagined device of the kind at hand, of use only beside each other; ``dual_time`` leaves out what the operator
-    has found already. ``loop_memory`` and ``dual_memory`` are bytes beside the recorded model, v and the result.
-    ``break_even`` is the smallest number of products for which the dual route is faster, None if it never is.
+    ``route`` is "loop", one product after the other; "outputs", where the terms are followed in the space of the
+    model's outputs alone, by one product with J J' for each; or "dual": the inner products of the gradients of all
+    examples are found once, and the series is summed in their span. ``reason`` says why. ``rows`` counts those
+    gradients; it is None where examples cannot be told apart. ``loop_time``, ``dual_time`` and ``outputs_time`` are
+    seconds on an imagined device of the kind at hand, of use only beside each other; they leave out what the operator
+    has made already. ``loop_memory``, ``dual_memory`` and ``outputs_memory`` are bytes beside the recorded model, v and
+    the result. All are None for a way that cannot be gone. ``break_even`` is the smallest number of products for which
+    the loop is not the fastest way, None if it always is.
 
     >>> plan = Plan("dual", "estimated to be faster", 20, 256, 0.16, 0.012, 8_000_000, 2_400_000, 2)
     >>> print(plan)
@@ -41,7 +50,7 @@ class Plan:
       break-even at 2 terms
     """
 
-    route: Literal["loop", "dual"]
+    route: Way
     reason: str
     num_terms: int
     rows: int | None = None
@@ -50,10 +59,16 @@ class Plan:
     loop_memory: int | None = None
     dual_memory: int | None = None
     break_even: int | None = None
+    outputs_time: float | None = None
+    outputs_memory: int | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.route} for {self.num_terms} terms: {self.reason}"]
-        estimates = (("loop", self.loop_time, self.loop_memory), ("dual", self.dual_time, self.dual_memory))
+        estimates = (
+            ("loop", self.loop_time, self.loop_memory),
+            ("outputs", self.outputs_time, self.outputs_memory),
+            ("dual", self.dual_time, self.dual_memory),
+        )
         for route, time, memory in estimates:
             if time is not None and memory is not None:
                 rows = f", {self.rows} rows" if route == "dual" else ""
@@ -81,65 +96,135 @@ _CPU_CORE = _Device(macs=6e10, bytes=1e10, matrix_bytes=2.5e10, overhead=5e-6)
 _ACCELERATOR = _Device(macs=1e13, bytes=1e12, matrix_bytes=2e12, overhead=8e-6)
 
 #: Operations from Python: of a node in both passes of a product, and for each param; of a node when its deltas are
-#: found, for one cotangent and for several at once; for each param and in all, when a series is summed.
+#: found, for one cotangent and for several at once; for each param and in all, when a series is summed; in the space
+#: of the outputs, of a term beside its nodes, and in all.
 _OF_NODE, _OF_PARAM = 3, 4
 _OF_DELTAS, _OF_MANY_DELTAS = 8, 60
 _OF_ROWS, _OF_SERIES = 15, 40
+_OF_OUTPUTS_TERM, _OF_OUTPUTS_SERIES = 5, 30
 
 
 @dataclass(frozen=True)
-class Costs:
-    """Seconds for each product of the loop; before, with each, and with each term of, a series in the dual route."""
+class Loop:
+    """Seconds for each product, and bytes."""
 
     term: float
-    build: float
-    solve: float
-    dual_term: float
-    loop_memory: int
-    dual_memory: int
+    memory: int
 
-    def loop(self, num_terms: int) -> float:
+    def time(self, num_terms: int) -> float:
         return num_terms * self.term
 
-    def dual(self, num_terms: int, built: bool) -> float:
-        return (0.0 if built else self.build) + self.solve + num_terms * self.dual_term
 
-    def break_even(self, built: bool) -> int | None:
-        """The smallest number of products for which the dual route is faster."""
-        gain = self.term - self.dual_term
-        return None if gain <= 0 else int(self.dual(0, built) / gain) + 1
+@dataclass(frozen=True)
+class InOutputs:
+    """Seconds before and with each term, and bytes; ``layers`` give what is made of params in so many terms."""
+
+    start: float
+    term: float
+    layers: Sequence[Callable[[int], float]]
+    memory: int
+
+    def time(self, num_terms: int) -> float:
+        return self.start + num_terms * self.term + sum(layer(num_terms) for layer in self.layers)
 
 
-def costs(tape: Tape, params: TensorList, batch: int, rank: int) -> Costs:
-    """Estimates for ``rank`` rows of each of ``batch`` examples, from what the nodes say of their multiplications."""
-    device = _device(params[0].device)
-    rows, itemsize = rank * batch, params[0].element_size()
-    with_params = with_operands = of_gram = 0.0
-    kept = 0
-    for node in tape.nodes:
-        of_params = [node.slots[i] for i in node.wanted if node.slots[i] < tape.num_params]
-        with_params += node.macs if of_params else 0
-        with_operands += node.macs if len(of_params) < len(node.wanted) else 0
-        for slot in of_params:
-            macs, elements = _gram_of(node, params[slot], batch, rows)
-            of_gram, kept = of_gram + macs, kept + elements
-    nodes, count = len(tape.nodes), len(params)
-    size = _lists.numel(params) * itemsize
+@dataclass(frozen=True)
+class Dual:
+    """Seconds before, with each, and with each term of, a series in the span of so many rows; and bytes."""
+
+    rows: int
+    build: float
+    solve: float
+    term: float
+    memory: int
+
+    def time(self, num_terms: int, built: bool) -> float:
+        return (0.0 if built else self.build) + self.solve + num_terms * self.term
+
+
+class Sizes:
+    """What the nodes of a tape multiply in all, and how many there are."""
+
+    def __init__(self, tape: Tape, params: TensorList) -> None:
+        self.tape, self.params = tape, params
+        self.device = _device(params[0].device)
+        self.itemsize = params[0].element_size()
+        self.size = _lists.numel(params) * self.itemsize
+        self.nodes, self.count = len(tape.nodes), len(params)
+        #: Each use of a param by a node.
+        self.uses = [(n, n.slots[i]) for n in tape.nodes for i in n.wanted if n.slots[i] < tape.num_params]
+        self.layers = list({id(n): n for n, _ in self.uses}.values())
+        self.with_params = sum(n.macs for n in self.layers)
+        onwards = (n for n in tape.nodes if any(n.slots[i] >= tape.num_params for i in n.wanted))
+        self.with_operands = sum(n.macs for n in onwards)
+
+    def product(self) -> float:
+        """Seconds of J and J', each once."""
+        return (
+            2 * (self.with_params + self.with_operands) / self.device.macs
+            + self.of_params(self.size, self.count)
+            + _OF_NODE * self.nodes * self.device.overhead
+        )
+
+    def of_params(self, size: int, count: int) -> float:
+        """Seconds for ``count`` params of so many bytes in a product, besides multiplications."""
+        return 5 * size / self.device.bytes + _OF_PARAM * count * self.device.overhead
+
+
+def loop_costs(sizes: Sizes) -> Loop:
+    """Estimates for products one by one, from what the nodes say of their multiplications."""
+    return Loop(sizes.product(), 2 * sizes.size)
+
+
+def outputs_costs(sizes: Sizes) -> InOutputs:
+    """Estimates for products in the space of the outputs."""
+    device, outputs = sizes.device, sizes.tape.outputs.numel() * sizes.itemsize
+    kept = [_kept_for_kernel(node, sizes.params[slot]) for node, slot in sizes.uses]
+    return InOutputs(
+        start=sizes.product() + (_OF_NODE * sizes.nodes + _OF_OUTPUTS_SERIES) * device.overhead,
+        term=2 * sizes.with_operands / device.macs
+        + 20 * outputs / device.bytes
+        + (_OF_NODE * sizes.nodes + _OF_OUTPUTS_TERM) * device.overhead,
+        layers=[functools.partial(_through_params, sizes, node) for node in sizes.layers],
+        memory=sum(kept) * sizes.itemsize + 6 * outputs,
+    )
+
+
+def _through_params(sizes: Sizes, node: Node, num_terms: int) -> float:
+    """Seconds that the params of a layer take in so many terms; as much as in the loop where gradients are formed."""
+    macs, forms_gradients = node.macs_through_params(num_terms)
+    seconds = macs / sizes.device.macs
+    if forms_gradients:
+        own = [sizes.params[slot] for n, slot in sizes.uses if n is node]
+        seconds += num_terms * sizes.of_params(_lists.numel(own) * sizes.itemsize, len(own))
+    return seconds
+
+
+def _kept_for_kernel(node: Node, param: Tensor) -> int:
+    """Elements of a cotangent, and of the inner products of rows or a gradient, whichever is smaller."""
+    if param.dim() < 2 or not param.numel():
+        return 0
+    rows = node.macs // param.numel()
+    return rows * param.shape[0] + min(rows * rows, param.numel())
+
+
+def dual_costs(sizes: Sizes, batch: int, rank: int) -> Dual:
+    """Estimates for ``rank`` rows of each of ``batch`` examples."""
+    device, itemsize, rows = sizes.device, sizes.itemsize, rank * batch
+    found = [_gram_of(node, sizes.params[slot], batch, rows) for node, slot in sizes.uses]
+    of_gram, kept = sum(macs for macs, _ in found), sum(elements for _, elements in found)
     matrix = rows * rows * itemsize
     deltas = _OF_DELTAS if rank == 1 else _OF_MANY_DELTAS
-    return Costs(
-        term=2 * (with_params + with_operands) / device.macs
-        + 5 * size / device.bytes
-        + (_OF_NODE * nodes + _OF_PARAM * count) * device.overhead,
-        build=(rank * with_operands + of_gram) / device.macs
+    return Dual(
+        rows=rows,
+        build=(rank * sizes.with_operands + of_gram) / device.macs
         + kept * itemsize / device.bytes
-        + (deltas * nodes + _OF_ROWS * count) * device.overhead,
-        solve=2 * with_params / device.macs
-        + 3 * (size + kept * itemsize) / device.bytes
-        + (_OF_ROWS * count + _OF_SERIES) * device.overhead,
-        dual_term=matrix / device.matrix_bytes + 1e-6,
-        loop_memory=2 * size,
-        dual_memory=kept * itemsize + matrix,
+        + (deltas * sizes.nodes + _OF_ROWS * sizes.count) * device.overhead,
+        solve=2 * sizes.with_params / device.macs
+        + 3 * (sizes.size + kept * itemsize) / device.bytes
+        + (_OF_ROWS * sizes.count + _OF_SERIES) * device.overhead,
+        term=matrix / device.matrix_bytes + 1e-6,
+        memory=kept * itemsize + matrix,
     )
 
 
@@ -156,17 +241,74 @@ def _gram_of(node: Node, param: Tensor, batch: int, rows: int) -> tuple[float, i
     return min(gram_macs(rows, batch, positions, out, size // out)), rows * positions * out
 
 
-def chosen(num_terms: int, route: Route, rows: int, found: Costs, built: bool) -> Plan:
-    """The plan for a model whose examples are apart."""
-    loop, dual = found.loop(num_terms), found.dual(num_terms, built)
-    choice: Literal["loop", "dual"] = "dual" if dual < loop else "loop"
-    reason = "estimated to be faster"
-    if route != "auto":
-        choice, reason = route, "as route says"
-    elif found.dual_memory > _MOST_BYTES and not built:
-        choice, reason = "loop", f"{rows} rows would take more than {_MOST_BYTES // 2**20} MiB"
+@dataclass(frozen=True)
+class Costs:
+    """Those of each way that can be gone; ``no_dual`` says why that is none of them."""
+
+    loop: Loop
+    outputs: InOutputs | None
+    dual: Dual | None
+    no_dual: str | None
+
+    def times(self, num_terms: int, built: bool) -> dict[Way, float]:
+        """Of each way, those that need no other step first."""
+        found: dict[Way, float] = {"loop": self.loop.time(num_terms)}
+        if self.outputs is not None:
+            found["outputs"] = self.outputs.time(num_terms)
+        if self.dual is not None:
+            found["dual"] = self.dual.time(num_terms, built)
+        return found
+
+    def free(self, built: bool) -> Costs:
+        """Those of the ways that may be chosen freely."""
+        dual = self.dual
+        if dual is None or dual.memory <= _MOST_BYTES or built:
+            return self
+        return replace(self, dual=None, no_dual=f"{dual.rows} rows would take more than {_MOST_BYTES // 2**20} MiB")
+
+    def fastest(self, num_terms: int, built: bool) -> Way:
+        """The way that is estimated to be, the loop where several are."""
+        times = self.times(num_terms, built)
+        return min(times, key=times.__getitem__)
+
+    def break_even(self, built: bool) -> int | None:
+        """The smallest number of products for which the loop is not the fastest way."""
+        # Once it is not it stays so: what a term costs elsewhere falls with their number.
+        most = 1
+        while self.fastest(most, built) == "loop":
+            most *= 2
+            if most > _MOST_TERMS:
+                return None
+        least = most // 2
+        while most - least > 1:
+            middle = (least + most) // 2
+            least, most = (middle, most) if self.fastest(middle, built) == "loop" else (least, middle)
+        return most
+
+
+def chosen(num_terms: int, route: Route, costs: Costs, built: bool) -> Way:
+    """The way that is gone in a recorded model; ``built`` says whether the span of the rows is there already."""
+    return costs.free(built).fastest(num_terms, built) if route == "auto" else route
+
+
+def planned(num_terms: int, route: Route, costs: Costs, built: bool) -> Plan:
+    """The same with all estimates."""
+    free, reason = costs.free(built), "as route says"
+    if route == "auto":
+        reason = "estimated to be faster" + ("" if free.no_dual is None else f"; no dual route: {free.no_dual}")
+    times, dual = costs.times(num_terms, built), costs.dual
     return Plan(
-        choice, reason, num_terms, rows, loop, dual, found.loop_memory, found.dual_memory, found.break_even(built)
+        chosen(num_terms, route, costs, built),
+        reason,
+        num_terms,
+        None if dual is None else dual.rows,
+        times["loop"],
+        times.get("dual"),
+        costs.loop.memory,
+        None if dual is None else dual.memory,
+        free.break_even(built),
+        times.get("outputs"),
+        None if costs.outputs is None else costs.outputs.memory,
     )
 
 

@@ -61,9 +61,10 @@ class Opaque(Node):
             [torch.zeros_like(x) if t is None else t for x, t in zip(self._leaves, tangents, strict=True)]
         )
 
-    def vjps(self, cotangent: Tensor) -> list[Tensor]:
+    def vjps(self, cotangent: Tensor, operands: Sequence[int]) -> list[Tensor]:
         """By one backward pass for all operands."""
-        return self._jacobian.backward(cotangent)
+        found = dict(zip(self.wanted, self._jacobian.backward(cotangent), strict=True))
+        return [found[i] for i in operands]
 
 
 class Recording:

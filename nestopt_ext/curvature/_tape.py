@@ -81,9 +81,27 @@ class Node:
         """What goes back to operand ``i``; added to ``into`` in place and returned where that is given."""
         raise NotImplementedError
 
-    def vjps(self, cotangent: Tensor) -> list[Tensor]:
-        """New tensors for all wanted operands, in their order; for a node that has them from one call."""
-        return [self.vjp(i, cotangent, None) for i in self.wanted]
+    def vjps(self, cotangent: Tensor, operands: Sequence[int]) -> list[Tensor]:
+        """New tensors for some wanted operands, in their order; for a node that has several from one call."""
+        return [self.vjp(i, cotangent, None) for i in operands]
+
+    def through_params(self, own: Sequence[int], num_uses: int) -> ThroughParams:
+        """What maps a cotangent to the tangent that it leaves, where operands ``own``, params, move along what goes
+        back to them; to be called about ``num_uses`` times, with the tangents of the other operands.
+        """
+
+        def pushed(tangents: list[Tensor | None], cotangent: Tensor) -> Tensor:
+            for i, gradient in zip(own, self.vjps(cotangent, own), strict=True):
+                tangents[i] = gradient
+            return self.jvp(tangents)
+
+        return pushed
+
+    def macs_through_params(self, num_uses: int) -> tuple[int, bool]:
+        """Multiplications of so many calls of :meth:`through_params`, those that they share included, and whether each
+        call forms gradients.
+        """
+        return 2 * num_uses * self.macs, True
 
     def batch_dim(self, dims: Sequence[int | None], batch: int) -> int | None:
         """Which dimension of the result runs over the ``batch`` examples, from those of the operands; None for none.
@@ -101,6 +119,10 @@ class Node:
         ``dims`` are as in :meth:`batch_dim`.
         """
         raise MixesExamples(f"{type(self).__name__.lower()} has no gradients for each example")
+
+
+#: The tangent of a node's result from a list of those of its operands, which may be written to, and a cotangent of it.
+ThroughParams = Callable[[list[Tensor | None], Tensor], Tensor]
 
 
 class MixesExamples(Exception):
@@ -219,17 +241,16 @@ class Tape:
         self.constants = constants
         self.num_params = num_params
         self._output = output.slot
-        self._num_slots = num_slots
+        self.num_slots = num_slots
         last = {slot: k for k, node in enumerate(self.nodes) for slot in node.slots if slot >= num_params}
         dead: list[list[int]] = [[] for _ in self.nodes]
         for slot, k in last.items():
             dead[k].append(slot)
         # What each pass needs of a node, looked up once: small models spend their time on such things.
         self._forward = [(node.jvp, node.output, node.slots, ends) for node, ends in zip(self.nodes, dead, strict=True)]
-        self._backward = [
-            (node, node.output, [(i, node.slots[i]) for i in node.wanted], type(node).vjps is not Node.vjps)
-            for node in reversed(self.nodes)
-        ]
+        #: The slots that no node reads after this one.
+        self.dead = dead
+        self._backward = [pulled(node, node.wanted) for node in reversed(self.nodes)]
 
     @property
     def output_slot(self) -> int:
@@ -237,7 +258,7 @@ class Tape:
 
     def jvp(self, v: Sequence[Tensor]) -> Tensor:
         """J v, in memory of its own."""
-        found: list[Tensor | None] = [None] * self._num_slots
+        found: list[Tensor | None] = [None] * self.num_slots
         found[: self.num_params] = v
         found.append(None)  # what slot -1, of a constant, stands for
         for jvp, output, slots, dead in self._forward:
@@ -253,8 +274,8 @@ class Tape:
 
         ``in_place=False`` writes to no tensor at all, for transforms that do not allow it.
         """
-        found: list[Tensor | None] = [None] * self._num_slots
-        own = [False] * self._num_slots  # whether the memory is ours to write to
+        found: list[Tensor | None] = [None] * self.num_slots
+        own = [False] * self.num_slots  # whether the memory is ours to write to
         if into is not None:
             found[: self.num_params] = into
             own[: self.num_params] = [True] * self.num_params
@@ -263,26 +284,45 @@ class Tape:
             found[self._output] = u.clone() if present is None else present.add_(u)
             return found[: self.num_params]
         found[self._output] = u
-        for node, output, sinks, jointly in self._backward:
-            cotangent = found[output]
-            if cotangent is None:
-                continue
-            found[output] = None
-            results = node.vjps(cotangent) if jointly else None
-            for k, (i, slot) in enumerate(sinks):
-                present = found[slot]
-                reused = present if own[slot] and in_place else None
-                result = node.vjp(i, cotangent, reused) if results is None else accumulated(results[k], reused)
-                if present is None:
-                    own[slot] = node.makes_cotangent or not node.shares_memory
-                elif reused is None:
-                    result, own[slot] = present + result, True
-                found[slot] = result
+        pull_back(self._backward, found, own, in_place)
         for slot in range(self.num_params):
             tensor = found[slot]
             if tensor is not None and not own[slot]:
                 found[slot] = tensor.clone()
         return found[: self.num_params]
+
+
+#: A node in a backward pass: its output, the operands that something goes back to, their slots, whether all from one
+#: call, and whether the cotangent is kept.
+Pulled = tuple[Node, int, Sequence[int], Sequence[int], bool, bool]
+
+
+def pulled(node: Node, operands: Sequence[int], *, kept: bool = False) -> Pulled:
+    jointly = type(node).vjps is not Node.vjps and bool(operands)
+    return node, node.output, operands, [node.slots[i] for i in operands], jointly, kept
+
+
+def pull_back(nodes: Sequence[Pulled], found: list[Tensor | None], own: list[bool], in_place: bool) -> None:
+    """Carries the cotangents in ``found``, by slot, back through nodes; ``own`` says whose memory is ours to write to.
+
+    Those of outputs are dropped once used unless they are to be kept.
+    """
+    for node, output, operands, slots, jointly, kept in nodes:
+        cotangent = found[output]
+        if cotangent is None:
+            continue
+        if not kept:
+            found[output] = None
+        results = node.vjps(cotangent, operands) if jointly else None
+        for k, slot in enumerate(slots):
+            present = found[slot]
+            reused = present if own[slot] and in_place else None
+            result = node.vjp(operands[k], cotangent, reused) if results is None else accumulated(results[k], reused)
+            if present is None:
+                own[slot] = node.makes_cotangent or not node.shares_memory
+            elif reused is None:
+                result, own[slot] = present + result, True
+            found[slot] = result
 
 
 def _needed(nodes: list[Node], output: int) -> list[Node]:

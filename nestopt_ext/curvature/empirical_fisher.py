@@ -36,8 +36,8 @@ class EmpiricalFisher(ModelCurvature):
     ``route`` is as there; with one gradient for each term, in place of one for each output, the dual route pays from a
     few products on.
 
-    Raises TypeError or ValueError for bad arguments, among them ``route="dual"`` for a model whose examples cannot be
-    told apart, and RuntimeError, with the way out, where PyTorch has no second derivative of the model.
+    Raises TypeError or ValueError for bad arguments, among them a ``route`` that the model does not allow, and
+    RuntimeError, with the way out, where PyTorch has no second derivative of the model.
 
     Source: Martens, New insights and perspectives on the natural gradient method (2020), section 11, on how it differs
     from the Fisher matrix. The scale agrees with the EF operator of curvlinops where that has neither class weights nor
@@ -73,7 +73,7 @@ class EmpiricalFisher(ModelCurvature):
             terms = self._terms(leaf, targets) if known is None else known.terms(leaf, targets)
             with named_faults("EmpiricalFisher", "criterion"):
                 # Each output is in one term, so the gradient of the sum holds those of all terms side by side.
-                (found,) = torch.autograd.grad(terms.sum(), leaf, allow_unused=True)
+                (found,) = torch.autograd.grad(terms, leaf, torch.ones_like(terms), allow_unused=True)
             return torch.zeros_like(leaf) if found is None else found.detach()
 
         if known is None:

@@ -46,25 +46,37 @@ class GaussNewton(ModelCurvature):
     Nothing is modified: of what the evaluation does, random state and every in-place write to an older tensor (running
     statistics) are undone bit for bit, after an exception too.
 
-    A product costs about a forward and a backward pass; ``.dense()`` takes many at once. For a criterion that is known
-    in closed form and a model whose examples do not mix, the matrix is a sum over B C gradients (C outputs for each
-    example) whose inner products layers give without forming one. ``route`` says how a Neumann series is summed:
-    "loop", by one product after the other; "dual", in the span of those gradients, where any number of terms costs two
-    passes through the layers and a recurrence of B C numbers; "auto", by the estimates that :meth:`plan` shows. Exact
-    inverses with damping, the largest eigenvalue and, for up to 4096 gradients,
-    :class:`~nestopt_ext.solvers.Woodbury` take the same way unless ``route`` is "loop". The numbers are those of the
-    loop to rounding; what the dual route keeps (B C times the outputs of all layers, and a matrix of (B C)^2) lives
-    as long as the operator.
+    A product costs about a forward and a backward pass; ``.dense()`` takes many at once. ``route`` says how a Neumann
+    series is summed:
+
+    - "loop": by one product after the other.
+    - "outputs": in the space of the outputs. The images y = J v of the terms follow y <- q y - alpha J J' H y, with q =
+      1 - alpha damping, so J is applied once, J' once, and J J' for each term. That matrix is never formed: a cotangent
+      goes back, a tangent comes forward, and a fully connected layer of few rows (examples times positions) adds the
+      product with the inner products of its inputs, in place of two products as large as its weight. For any criterion,
+      and models whose examples mix. It counts as ``num_terms`` products. A diagonal, several right-hand sides, a series
+      that may end early (``rtol``), and 16 bits go by products all the same.
+    - "dual": in the span of gradients. For a criterion that is known in closed form and a model whose examples do not
+      mix, the matrix is a sum over B C of them (C outputs for each example), whose inner products layers give without
+      forming one. Any number of terms costs two passes through the layers and a recurrence of B C numbers.
+    - "auto": by the estimates that :meth:`plan` shows.
+
+    Exact inverses with damping, the largest eigenvalue and, for up to 4096 gradients,
+    :class:`~nestopt_ext.solvers.Woodbury` go by the span of the gradients, too, unless ``route`` is "loop". The numbers
+    are those of the loop to rounding. What a route keeps (inner products of inputs; B C times the outputs of all
+    layers, and a matrix of (B C)^2) lives as long as the operator.
 
     Raises TypeError or ValueError for bad arguments, and RuntimeError, with the way out, where PyTorch has no second
-    derivative (cuDNN RNN, a function marked once_differentiable). ``route="dual"`` raises ValueError,
-    with the reason, for a model or criterion whose examples cannot be told apart.
+    derivative (cuDNN RNN, a function marked once_differentiable). ``route="dual"`` raises ValueError, with the reason,
+    for a model or criterion whose examples cannot be told apart; ``route="outputs"`` for a model that cannot be
+    recorded, with ``microbatch``, and unless params and outputs are all float32, or all float64, on one device.
 
     Source: Schraudolph, Fast curvature matrix-vector products for second-order gradient descent (2002). What has no
     rule of its own is differentiated by reverse mode twice, so it needs no forward-mode rules. That a Gauss-Newton
     matrix can be handled in the span of its examples is in Ren and Goldfarb, Efficient subsampled Gauss-Newton and
-    natural gradient methods for training neural networks (2019), for inverses; series, their norms and the double sum
-    over positions are ours.
+    natural gradient methods for training neural networks (2019), for inverses; series, their norms, the double sum
+    over positions and the series in the space of the outputs are ours. J J' is the neural tangent kernel of Jacot,
+    Gabriel, Hongler (2018).
 
     >>> import torch
     >>> model = torch.nn.Linear(2, 1, bias=False)

@@ -19,6 +19,8 @@ from ._vjp import vjps
 
 #: Rows of a factor that are worth forming where it takes an eigendecomposition of the whole matrix.
 _MAX_DENSE_ROWS = 1024
+#: Elements of the matrices of all rows, and products, for which these are worth forming.
+_MAX_BLOCKS, _WORTH_BLOCKS = 2**15, 5
 
 
 class LossHessian(ABC):
@@ -55,6 +57,10 @@ class LossHessian(ABC):
         """H u without graph, for a ``u`` that is known to fit."""
         with torch.no_grad():
             return self._product(u)
+
+    def for_products(self, num_products: int) -> Callable[[Tensor], Tensor]:
+        """:meth:`product`, by what is made once for so many of them where that pays."""
+        return self.product
 
     @abstractmethod
     def products(self, u: Tensor) -> Tensor:
@@ -177,6 +183,23 @@ class _Softmax(LossHessian):
             rows = u.movedim(self._dim, -1).clone(memory_format=torch.contiguous_format)
             _functions.softmax_hessian_(rows, self._rows(self.outputs), self._row_weight)
             return rows.movedim(-1, self._dim)
+
+    def for_products(self, num_products: int) -> Callable[[Tensor], Tensor]:
+        """On the CPU, for few and small rows, by their matrices: the op would take their exponentials each time."""
+        logits, classes = self.outputs, self.outputs.shape[-1]
+        plain = logits.device.type == "cpu" and logits.dim() == 2 and logits.dtype in (torch.float32, torch.float64)
+        small = logits.numel() * classes <= _MAX_BLOCKS and num_products >= _WORTH_BLOCKS
+        if not plain or not small:
+            return self.product
+        with torch.no_grad():
+            p = logits.double().softmax(1)
+            blocks = -p.unsqueeze(2) * p.unsqueeze(1)
+            diagonal = blocks.diagonal(dim1=1, dim2=2)
+            diagonal.zero_().sub_(blocks.sum(2))  # p - p^2 without cancellation, as rows sum to zero
+            weight = self._row_weight.view(-1, 1, 1)
+            ignored = weight == 0  # such a row may hold anything, and counts for nothing
+            blocks = (weight * blocks).masked_fill_(ignored, 0.0).to(logits.dtype)
+        return lambda u: torch.bmm(blocks, u.unsqueeze(2).masked_fill(ignored, 0.0)).squeeze(2)
 
     def _product(self, u: Tensor) -> Tensor:
         rows = _functions.softmax_hessian(self._rows(self.outputs), u.movedim(self._dim, -1), self._row_weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,17 +31,6 @@ class Batches:
         self._name = name
         self._source = source
         self._keeps_position = hasattr(source, "state_dict") and hasattr(source, "load_state_dict")
-        if resumable and not self._keeps_position and isinstance(source, Iterator):
-            raise ValueError(
-                f"{caller}: {name} must be an iterable that can begin again, where there is a checkpoint; got"
-                f" {_lists.value_name(source)}, a one-shot iterator. Pass the DataLoader itself, or a list."
-            )
-        if resumable and not self._keeps_position and getattr(source, "persistent_workers", False):
-            raise ValueError(
-                f"{caller}: {name} must start its workers anew for each epoch, where there is a checkpoint; got a"
-                " DataLoader with persistent_workers=True, which draws other random numbers in its first epoch than in"
-                " later ones. Pass persistent_workers=False."
-            )
         #: What the source draws from, besides the global generators.
         self.generators = _generators(source)
         self._random = RandomStates(self.generators)
@@ -48,6 +38,38 @@ class Batches:
         self._began: dict[str, Any] | None = None
         self._epoch = 0
         self._taken = 0
+        if resumable:
+            self.require_restart(", where there is a checkpoint")
+            self.require_position()
+
+    def require_restart(self, where: str = "") -> None:
+        """Raises ValueError where there is one epoch in the source and no more."""
+        if not self._keeps_position and isinstance(self._source, Iterator):
+            raise ValueError(
+                f"{self._caller}: {self._name} must be an iterable that can begin again{where}; got"
+                f" {_lists.value_name(self._source)}, a one-shot iterator. Pass the DataLoader itself, or a list."
+            )
+
+    def require_position(self) -> None:
+        """Raises ValueError where an epoch that is begun again need not be the same one."""
+        if not self._keeps_position and getattr(self._source, "persistent_workers", False):
+            raise ValueError(
+                f"{self._caller}: {self._name} must start its workers anew for each epoch, where there is a checkpoint;"
+                " got a DataLoader with persistent_workers=True, which draws other random numbers in its first epoch"
+                " than in later ones. Pass persistent_workers=False."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of; TypeError where the pass under way cannot be copied, as that of a DataLoader."""
+        try:
+            copy.copy(self._iterator)
+        except (TypeError, NotImplementedError) as error:
+            raise TypeError(
+                f"{self._caller}: {self._name} must not be in the middle of a pass to be copied or pickled; got"
+                f" {_lists.value_name(self._source)} after {self._taken} batches of one. Make another with the same"
+                " arguments, and give it this one's state_dict()."
+            ) from error
+        return self.__dict__
 
     def draw(self) -> Any:
         """The next batch."""

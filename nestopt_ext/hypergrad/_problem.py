@@ -47,14 +47,14 @@ class Variables:
             raise ValueError(
                 f"{self.caller}: hparams must hold a tensor that requires grad; got none. Call .requires_grad_() on it."
             )
+        others = {id(p): label for p, label in zip(self.params, self.structure.labels("params"), strict=True)}
         for label, hparam in zip(labels, self.hparams, strict=True):
             if all_of_them and not hparam.requires_grad:
                 raise ValueError(
                     f"{self.caller}: {label} must require grad; got one that does not. Call .requires_grad_() on it."
                 )
-            for other, param in zip(self.structure.labels("params"), self.params, strict=True):
-                if hparam is param:
-                    raise ValueError(f"{self.caller}: {label} must not be one of params; got {other}.")
+            if id(hparam) in others:
+                raise ValueError(f"{self.caller}: {label} must not be one of params; got {others[id(hparam)]}.")
 
 
 class Equation(Protocol):
@@ -163,7 +163,7 @@ class InnerProblem:
             return Product(caller, self._curvature, self._variables.structure, v, name="curvature")
         if isinstance(self._equation, Gradient):
             self._equation.expect(getattr(self._solver, "num_terms", getattr(self._solver, "max_iters", 0)))
-        _, structure = _lists.flatten(caller, "params", v)
+        structure = self._variables.structure
         matrix = _Matrix(self._equation, self._variables.params, structure, self._group)
         return Product(caller, matrix, structure, v, name=self._matrix)
 
@@ -180,6 +180,13 @@ class _Matrix(LinearOperator):
 
     def flat_product(self, v: TensorList) -> TensorList:
         return self._averaged(self._equation.product(v))
+
+    def flat_loop(
+        self, v: TensorList, num_terms: int, alpha: Tensor, damping: float, diagonal: TensorList | None = None
+    ) -> tuple[TensorList, Tensor] | None:
+        if self._group is not None or diagonal is not None or not isinstance(self._equation, Gradient):
+            return None
+        return self._equation.neumann_sum(v, num_terms, alpha, damping)
 
     def flat_products(self, v: TensorList) -> TensorList:
         if isinstance(self._equation, Gradient):

@@ -27,7 +27,7 @@ from ..solvers._product import Product
 from ..solvers._solve import invert
 from ._batch import Batch
 from ._routes import Reports, Task, Unfit
-from .hypergradient import difference, outer_gradients
+from .hypergradient import differences, outer_gradients
 
 #: Of all that is computed on the way; above it the arithmetic outweighs what a recording saves.
 _MOST_BYTES = 64 * 2**20
@@ -94,7 +94,7 @@ class Recorded:
                 mixed = iter(self._mixed(inverse.value))
                 response = [next(mixed) if used else None for used in self._in_mixed]
                 verdict = inverse.verdict
-            grads = tuple(map(difference, direct, response, hparams))
+            grads = differences(direct, response, hparams)
         self._reports.take(verdict, number)
         return grads
 

@@ -22,7 +22,7 @@ from ..solvers._product import Product
 from ..solvers._solve import invert
 from ._minimize import minimize
 from ._problem import Variables
-from .hypergradient import difference, outer_gradients
+from .hypergradient import differences, outer_gradients
 
 _CALLER = "hoag"
 
@@ -256,7 +256,7 @@ class _Run:
             response = inverse.value
             self._products += product.count
         mixed = gradient.mixed(self._hparams, response)
-        found = list(map(difference, direct, mixed, self._hparams))
+        found = list(differences(direct, mixed, self._hparams))
         if not all(math.isfinite(peak) for (peak,) in _lists.to_host(_lists.max_abs(found))):
             raise RuntimeError(
                 f"{_CALLER}: the hypergradient must be finite; got NaN or Inf after {len(self._history)} steps."

@@ -12,6 +12,7 @@ from torch import Tensor
 from .._types import Loss, MatVec, TensorList, Tensors
 from ..curvature._evaluation import evaluate, preserved_rng
 from ..curvature._gradient import named_faults
+from ..curvature._vjp import backward
 from ..solvers import Neumann, Solver
 from ..solvers._outcome import warn
 from ..solvers._solve import Inverse
@@ -119,7 +120,7 @@ def implicit_gradient(
                 f"{caller}: hparams must be used by outer_loss or inner_loss; got {len(direct)} in neither graph."
                 " Compute the losses from these very tensors, not from copies or .data."
             )
-    return ImplicitGradient(tuple(map(difference, direct, response, hparams)), loss, solve)
+    return ImplicitGradient(differences(direct, response, hparams), loss, solve)
 
 
 def outer_gradients(
@@ -129,15 +130,24 @@ def outer_gradients(
     outer = evaluate(caller, "outer_loss", outer_loss)
     inputs = [*variables.params, *variables.hparams]
     with outer.differentiating(), named_faults(caller, "outer_loss"):
-        grads = torch.autograd.grad(outer.loss, inputs, retain_graph=True, allow_unused=True)
+        grads = backward([outer.loss], inputs, [torch.ones_like(outer.loss)])
     if all(g is None for g in grads):
         raise ValueError(f"{caller}: outer_loss must depend on params or hparams; got a graph that none of them is in.")
     size = len(variables.params)
     return outer.loss.detach(), grads[:size], grads[size:]
 
 
-def difference(direct: Tensor | None, response: Tensor | None, like: Tensor) -> Tensor:
+def differences(
+    direct: Sequence[Tensor | None], response: Sequence[Tensor | None], like: TensorList
+) -> tuple[Tensor, ...]:
     """The direct part less the response, in memory of its own; None stands for zero."""
+    known = [t.detach() for t in response if t is not None]
+    if len(known) == len(like) and all(t is None for t in direct):
+        return tuple(torch._foreach_neg(known))
+    return tuple(map(_difference, direct, response, like))
+
+
+def _difference(direct: Tensor | None, response: Tensor | None, like: Tensor) -> Tensor:
     if response is not None:
         return response.detach().neg() if direct is None else direct.detach() - response.detach()
     return torch.zeros_like(like) if direct is None else direct.detach().clone(memory_format=torch.contiguous_format)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -127,7 +128,8 @@ class Entry:
                 math.log(torch.finfo(h.dtype).max) - 1
             )  # a margin for rounding: inf would make a NaN of a gradient
             return self.low + h.clamp(max=largest).exp()
-        return self.low * (-h).sigmoid() + self.high * h.sigmoid()
+        above = self.high * h.sigmoid()
+        return self.low * (-h).sigmoid() + above if self.low else above
 
 
 def make_entry(
@@ -187,6 +189,7 @@ def _bounds(caller: str, name: str, low: float, high: float, discrete: bool, dty
     return low, high
 
 
+@functools.cache
 def _inside(low: float, high: float, dtype: torch.dtype) -> tuple[float, float]:
     """The ends of what ``dtype`` has between two open bounds, to within two roundings."""
     info = torch.finfo(dtype)

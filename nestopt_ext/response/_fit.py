@@ -18,7 +18,7 @@ from ..hypergrad._interrupt import DeferredInterrupt
 if TYPE_CHECKING:
     from .trainer import EpochRecord, ResponseTrainer
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)

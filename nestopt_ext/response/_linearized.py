@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,12 +33,17 @@ def linearized_call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str,
     """
     if "torch._dynamo" not in sys.modules:  # nothing is compiled then, and its import takes a second
         return _linearized_call(module, args, kwargs, watched)
-    return torch.compiler.disable(_as_written)(module, args, kwargs, watched)  # type: ignore[no-untyped-call]
+    return _as_written()(module, args, kwargs, watched)
 
 
-def _as_written(*args: Any) -> Any:
-    with torch.compiler.set_stance("force_eager"):
-        return _linearized_call(*args)
+@functools.cache
+def _as_written() -> Callable[..., Any]:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def call(*args: Any) -> Any:
+        with torch.compiler.set_stance("force_eager"):
+            return _linearized_call(*args)
+
+    return call  # type: ignore[no-any-return]
 
 
 def _linearized_call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], watched: bool) -> Any:

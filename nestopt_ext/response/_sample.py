@@ -19,12 +19,15 @@ class Sample:
     so that a discrete one is as good as any and the only way from a loss to the hyperparameters leads through the
     gates. ``linearized`` asks for the network's linearization: the gate input is then a tangent. ``hparams`` is whose
     point it is: a StnModel of others, called inside, answers at its own. None: it is for whoever is called.
+    ``first_order`` says that the answer is differentiated once at most, and backward: layers may take kernels that
+    cannot be differentiated further.
     """
 
     gate_input: Tensor | None
     values: Mapping[str, Tensor]
     linearized: bool = False
     hparams: nn.Module | None = None
+    first_order: bool = False
 
 
 _current: ContextVar[Sample | None] = ContextVar("nestopt_ext.response.sample", default=None)

@@ -66,7 +66,22 @@ def check_batches(caller: str, name: str, source: Any) -> Any:
             f"{caller}: {name} must allow two passes at a time; got {_lists.value_name(source)}, which has one"
             " position. Pass a DataLoader, or a list."
         )
+    if getattr(source, "persistent_workers", False):
+        raise ValueError(
+            f"{caller}: {name} must allow two passes at a time; got a DataLoader with persistent_workers=True, which"
+            " begins anew for all when one begins. Pass persistent_workers=False."
+        )
     return source
+
+
+def check_examples(caller: str, count: int) -> int:
+    """The number of examples in a batch; a mean over none is NaN."""
+    if not count:
+        raise ValueError(
+            f"{caller}: a batch must hold at least one example; got an empty one. Leave it out of the batches, or set"
+            " drop_last=True where a DataLoader makes it."
+        )
+    return count
 
 
 def batch_dim_of(caller: str, model: StnModel, given: int | None) -> int:
@@ -134,11 +149,12 @@ def check_evaluation(caller: str, epoch: int, loss: float) -> None:
 
 
 def check_state(state: Any, like: Mapping[str, Any], optimizers: Mapping[str, Optimizer]) -> None:
-    """Requires of ``state`` the structure of ``like``, the state of this trainer."""
+    """Requires of ``state`` the structure of ``like``, the state of this trainer, and its options."""
     arguments.check_keys("it", state, set(like))
     for name in ("epoch", "step_count", "since_valid"):
         arguments.check_saved_count(name, state[name])
     _check_tensors("model", state["model"], like["model"])
+    _check_options(state["options"], like["options"])
     best = state["best_epoch"]
     if best is not None and (type(best) is not int or not 0 < best <= len(state["history"])):
         raise ValueError(f"best_epoch must be an epoch of the history; got {best!r}"[:120])
@@ -159,6 +175,14 @@ def check_state(state: Any, like: Mapping[str, Any], optimizers: Mapping[str, Op
         arguments.check_keys(f"history[{i}]", record, fields)
     if not isinstance(state["sums"], dict) or type(state["seconds"]) is not float:
         raise ValueError("sums must be a dict, and seconds a number")
+
+
+def _check_options(saved: Any, current: Mapping[str, Any]) -> None:
+    arguments.check_keys("options", saved, set(current))
+    for name, value in current.items():
+        if saved[name] != value:
+            got = repr(saved[name])[:40]
+            raise ValueError(f"it was made with {name} {got}, and this trainer has {value}. Resume with {name} {got}")
 
 
 def _check_tensors(name: str, saved: Any, like: Mapping[str, Any]) -> None:

@@ -37,7 +37,8 @@ def descend(
     if not given:
         raise ValueError(f"{caller}: {name} must depend on what it trains; got a graph that none of it is in.")
     norm = _lists.norm(given)
-    (value,), (length,) = _lists.to_host([loss, norm])
+    value: float
+    value, length = torch.stack([loss.detach().to(norm), norm]).tolist()  # one wait for the device
     if not math.isfinite(value) or not math.isfinite(length):
         what, found = (f"the gradient of {name}", length) if math.isfinite(value) else (name, value)
         raise TrainerDiverged(
@@ -68,6 +69,21 @@ def frozen(params: Iterable[nn.Parameter]) -> Iterator[None]:
     finally:
         for p in trained:
             p.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def buffers_restored(modules: Iterable[nn.Module], *, on_failure_only: bool) -> Iterator[None]:
+    """Buffers, as running statistics, are what they were when the block is left, or when an exception leaves it."""
+    held = [(m._buffers, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
+    restores = True
+    try:
+        yield
+        restores = not on_failure_only
+    finally:
+        if restores and held:
+            with torch.no_grad():
+                for buffers, name, buffer, before in held:
+                    buffers[name] = buffer.copy_(before)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -125,6 +126,10 @@ class _Conversion:
             raise TypeError(f"{caller}: model must be a torch.nn.Module; got {type(model).__name__}.")
         if not isinstance(hparams, HyperParameters):
             raise TypeError(f"{caller}: hparams must be a HyperParameters; got {type(hparams).__name__}.")
+        for name, part in model.named_modules():
+            if isinstance(part, StnModel):
+                where = f"a StnModel in {name!r}" if name else "a StnModel"
+                raise TypeError(f"{caller}: model must be of ordinary layers; got {where}. Convert its export().")
         if isinstance(exclude, str):
             raise TypeError(f"{caller}: exclude must be a collection of names; got the string {exclude!r}.")
         self.caller, self.source, self.hparams, self.options = caller, model, hparams, options or {}
@@ -134,7 +139,7 @@ class _Conversion:
         able = {n: plain_type(m) for n, m in self.modules.items() if n not in self.left}
         self.layers = [name for name, plain in able.items() if plain in FORMS]
         self.rates = self._rates(dropout, [name for name, plain in able.items() if plain in DROPOUTS])
-        self._check_names("options", self.options, [*self.layers, *self.rates])
+        self._check_options()
         if not self.layers:
             raise ValueError(f"{caller}: model must have a layer that can respond; got none.\n{self._report()}")
 
@@ -212,6 +217,28 @@ class _Conversion:
             if hparam not in self.hparams.entries:
                 found.setdefault(hparam, float(self.modules[name].p) or _FIRST_RATE)
         return found
+
+    def _check_options(self) -> None:
+        if not isinstance(self.options, Mapping):
+            raise TypeError(f"{self.caller}: options must be a dict by modules; got {type(self.options).__name__}.")
+        self._check_names("options", self.options, [*self.layers, *self.rates])
+        for name, given in self.options.items():
+            if not isinstance(given, Mapping):
+                raise TypeError(f"{self.caller}: options[{name!r}] must be a dict; got {type(given).__name__}.")
+            module = self.modules[name]
+            plain = _plain(module)
+            form, decided = (
+                (FORMS[plain].stn, {"num_hparams", *FORMS[plain].arguments(module)})
+                if plain in FORMS
+                else (DROPOUTS[plain], {"hparam"})
+            )
+            allowed = sorted(inspect.signature(form).parameters.keys() - decided)
+            for option in given:
+                if option not in allowed:
+                    raise TypeError(
+                        f"{self.caller}: options[{name!r}] must be among {', '.join(allowed)}, which a {form.__name__}"
+                        f" is free to have; got {option!r}."
+                    )
 
     def _report(self) -> ConversionReport:
         return ConversionReport(left=self.left)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from ._trainer_step import frozen
+from ._trainer_options import TrainerOptions, with_options_of
+from ._trainer_step import buffers_restored, frozen
 from .model import StnModel
-from .trainer import Criterion, Forward, OptimizerFactory, Regularizer, ResponseTrainer, SchedulerFactory, detached
+from .trainer import Criterion, OptimizerFactory, ResponseTrainer, sgd
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class DeltaStnTrainer(ResponseTrainer):
@@ -25,7 +29,9 @@ class DeltaStnTrainer(ResponseTrainer):
     with :math:`h_b' = h + \text{softplus}(r) \, \epsilon_b`, another one for each example; ``train_steps`` times both,
     one after the other on one batch, then ``valid_steps`` times :meth:`valid_step`; and again. During the first
     ``warmup_epochs`` epochs h is perturbed as later, but stays. Both steps of a batch augment it and drop units anew,
-    the first by h, the second by :math:`h_b'`. The second moves no general weight and no running statistics.
+    the first by h, the second by :math:`h_b'`. The second moves no general weight and no running statistics. In the
+    first one LSTMs are torch's kernels, which on a GPU can be differentiated only once: for a regularizer that
+    differentiates itself, as a gradient penalty, convert them with ``fused=False``.
 
     Args:
         model: made by ``to_delta_stn``, on its device; batches are moved there.
@@ -64,6 +70,7 @@ class DeltaStnTrainer(ResponseTrainer):
 
     _centred = True
 
+    @with_options_of(ResponseTrainer.__init__)
     def __init__(
         self,
         model: StnModel,
@@ -71,57 +78,27 @@ class DeltaStnTrainer(ResponseTrainer):
         train_batches: Iterable[Any],
         valid_batches: Iterable[Any],
         *,
-        valid_criterion: Criterion | None = None,
-        test_batches: Iterable[Any] | None = None,
-        metrics: Mapping[str, Callable[[Any, Any], Tensor]] | None = None,
-        augment: Callable[[Any], Any] | None = None,
-        regularizers: Sequence[Regularizer] = (),
-        forward: Forward | None = None,
-        optimizer: OptimizerFactory | None = None,
         response_optimizer: OptimizerFactory | None = None,
-        hyper_optimizer: OptimizerFactory | None = None,
-        scale_optimizer: OptimizerFactory | None = None,
-        scheduler: SchedulerFactory | None = None,
-        hyper_scheduler: SchedulerFactory | None = None,
-        warmup_epochs: int = 5,
         train_steps: int = 5,
-        valid_steps: int = 1,
-        entropy_weight: float = 1e-3,
-        tune_scales: bool = True,
         linearize: bool = True,
-        max_norm: float | None = None,
-        batch_dim: int | None = None,
-        generator: torch.Generator | None = None,
+        **options: Unpack[TrainerOptions],
     ) -> None:
-        super().__init__(
-            model,
-            criterion,
-            train_batches,
-            valid_batches,
-            optimizers={"optimizer": optimizer or _sgd, "response_optimizer": response_optimizer or _sgd},
-            hyper_optimizer=hyper_optimizer or _rmsprop,
-            scale_optimizer=scale_optimizer,
-            valid_criterion=valid_criterion,
-            test_batches=test_batches,
-            metrics=metrics or {},
-            augment=augment,
-            regularizers=regularizers,
-            forward=forward,
-            scheduler=scheduler,
-            hyper_scheduler=hyper_scheduler,
-            warmup_epochs=warmup_epochs,
-            train_steps=train_steps,
-            valid_steps=valid_steps,
-            entropy_weight=entropy_weight,
-            tune_scales=tune_scales,
-            max_norm=max_norm,
-            batch_dim=batch_dim,
-            generator=generator,
-        )
+        self._response_optimizer = response_optimizer
         self._linearize = linearize
+        super().__init__(model, criterion, train_batches, valid_batches, train_steps=train_steps, **options)
 
-    def _weights(self) -> dict[str, Iterable[nn.Parameter]]:
-        return {"optimizer": self.model.general_parameters(), "response_optimizer": self.model.response_parameters()}
+    def _weights(self, optimizer: OptimizerFactory) -> dict[str, tuple[Iterable[nn.Parameter], OptimizerFactory]]:
+        self._general = list(self.model.general_parameters())
+        return {
+            "optimizer": (self._general, optimizer),
+            "response_optimizer": (self.model.response_parameters(), self._response_optimizer or sgd),
+        }
+
+    def _default_hyper_optimizer(self, params: list[nn.Parameter]) -> Optimizer:
+        return torch.optim.RMSprop(params, lr=0.01)
+
+    def _options(self) -> dict[str, Any]:
+        return {**super()._options(), "linearize": self._linearize}
 
     def train_step(self, batch: Any) -> dict[str, float]:
         """A step of the general weights and one of the response; returns ``train_loss`` and ``response_loss``.
@@ -129,25 +106,14 @@ class DeltaStnTrainer(ResponseTrainer):
         Each is the loss before its step; the second one is taken after the first step.
         """
         batch = self._on_device(batch)
-        self.model.train()
-        with self.model.at_centre():
-            loss, carry = self._fitting_loss(batch, self._carry)
-        train_loss = self._descend("the training loss", "optimizer", loss)
+        self._batch_size(batch)
+        train_loss, carry = self._weights_step(batch, self.model.at_centre(first_order=True))
         response_loss = self._response_step(batch)
-        self._carry = detached(carry)
+        self._carry = carry
         return {"train_loss": train_loss, "response_loss": response_loss}
 
     def _response_step(self, batch: Any) -> float:
-        general = self.model.general_parameters()
         sample = self.model.at(self._perturbed(batch), linearized=self._linearize)
-        with frozen(general), self.model.fixed_buffers(), sample:
+        with frozen(self._general), buffers_restored(self._modules, on_failure_only=False), sample:
             loss, _ = self._fitting_loss(batch, self._carry)
             return self._descend("the loss of the response", "response_optimizer", loss)
-
-
-def _sgd(params: list[nn.Parameter]) -> Optimizer:
-    return torch.optim.SGD(params, lr=0.01, momentum=0.9)
-
-
-def _rmsprop(params: list[nn.Parameter]) -> Optimizer:
-    return torch.optim.RMSprop(params, lr=0.01)

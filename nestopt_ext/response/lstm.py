@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -15,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import _recurrence
 from ._layer import Response, StnLayer, gate_input_of, rate_of
 from ._recurrence import State
+from ._sample import current_sample
 from .dropconnect import dropped_weight
 
 
@@ -36,10 +38,11 @@ class StnLSTM(StnLayer, nn.LSTM):
     in training mode each call drops elements of W_hh and V_hh, the same of both and at all time steps, and divides what
     stays by 1 - rate (the rate of the first example: the weights are shared).
 
-    The cell is made of torch's operations and so can be differentiated any number of times, forward and backward. With
-    ``fused``, torch's own kernel (cuDNN, oneDNN) takes the calls in which all examples share their weights, such as the
-    general step of Delta-STN (in eval mode those without gradients); most of those kernels can be differentiated only
-    once, and backward.
+    The cell is made of torch's operations and so can be differentiated any number of times, forward and backward.
+    Torch's own kernel (cuDNN, oneDNN), which is faster and to be differentiated only once and backward, takes calls in
+    which all examples share their weights, in eval mode those without gradients: with ``fused`` True all of them; with
+    None those that are differentiated no further, as in the general step of `DeltaStnTrainer` and in evaluations; with
+    False none.
 
     Raises what `StnLinear` raises; ValueError for a ``batch_dim`` other than ``batch_first`` says, for ``proj_size``,
     and for an input or a state of a wrong shape; TypeError for packed sequences; with ``weight_dropout`` in training
@@ -76,7 +79,7 @@ class StnLSTM(StnLayer, nn.LSTM):
         num_hparams: int,
         batch_dim: int | None = None,
         weight_dropout: str | None = None,
-        fused: bool = False,
+        fused: bool | None = None,
     ) -> None:
         name = type(self).__name__
         own_batch_dim = 0 if batch_first else 1
@@ -127,8 +130,7 @@ class StnLSTM(StnLayer, nn.LSTM):
             zeros = input.new_zeros(len(self._cells()), input.shape[self.batch_dim], self.hidden_size)
             hx = zeros, zeros
         self._check(input, hx)
-        differentiable = self.training or not torch.is_grad_enabled()  # cuDNN's has no derivative in eval mode
-        if self.fused and differentiable and not linearized and (h is None or len(h) == 1):
+        if not linearized and (h is None or len(h) == 1) and self._is_fused():
             output, *state = self._by_kernel(input, hx, h)
         else:
             output, *state = self._by_cells(input, hx, h, linearized)
@@ -189,6 +191,17 @@ class StnLSTM(StnLayer, nn.LSTM):
                     f"{name}: {label} must have shape (layers * directions, B, hidden_size) {shape};"
                     f" got {tuple(state.shape)}."
                 )
+
+    def _is_fused(self) -> bool:
+        """Whether the kernel takes a call whose weights are those of all examples."""
+        if not self.training and torch.is_grad_enabled():
+            return False  # cuDNN's has no derivative in eval mode
+        if self.fused is not None:
+            return self.fused
+        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+            return False
+        sample = current_sample()
+        return not self.training or (sample is not None and sample.first_order)
 
     def _by_kernel(self, input: Tensor, hx: State, h: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """One call of torch's kernel with the weights that serve all examples."""

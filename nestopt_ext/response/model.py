@@ -117,14 +117,16 @@ class StnModel(nn.Module):
             yield sample
 
     @contextlib.contextmanager
-    def at_centre(self) -> Iterator[Sample]:
+    def at_centre(self, *, first_order: bool = False) -> Iterator[Sample]:
         """While open, the model answers at the current hyperparameters, without a graph to them.
 
-        The response layers of a centred model are plain layers then, at the cost of plain layers.
+        The response layers of a centred model are plain layers then, at the cost of plain layers. ``first_order``
+        promises that answers are differentiated once at most, and backward: an LSTM is torch's kernel then.
         """
         h0 = self.hparams.unconstrained.detach().unsqueeze(0)
         gate_input = None if self.centred else h0
-        with using_sample(Sample(gate_input, self.hparams.natural(h0), hparams=self.hparams)) as sample:
+        values = self.hparams.natural(h0)
+        with using_sample(Sample(gate_input, values, hparams=self.hparams, first_order=first_order)) as sample:
             yield sample
 
     @contextlib.contextmanager

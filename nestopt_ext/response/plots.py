@@ -17,6 +17,10 @@ from .trainer import EpochRecord
 _COLUMNS = 4
 #: Of a hyperparameter with more numbers than that, the range and the median are drawn instead of each path.
 _MOST_LINES = 10
+#: From dark to light, each to be told from its neighbours and from white.
+_SHADES = (
+    "#440154", "#482878", "#3e4a89", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6dcd59", "#b4de2c", "#dcc318",
+)  # fmt: skip
 _LOSSES = {
     "training": ("tab:blue", "-"),
     "response": ("tab:cyan", "--"),
@@ -30,7 +34,8 @@ def plot_history(history: Sequence[EpochRecord], path: str | PathLike[str], *, t
 
     Losses are means over the steps of an epoch (training, response) and evaluations at its end (validation, test), the
     lowest validation loss marked. Hyperparameters are in natural units, one panel each; one of up to
-    10 numbers has a line for each, one of more is drawn as its median and its range. The file is replaced atomically.
+    10 numbers has a line for each, from dark to light in their order, and their indices below the panel; one of more is
+    drawn as its median and its range. The file is replaced atomically.
 
     Raises ImportError without Matplotlib, ValueError for an empty history.
     """
@@ -81,13 +86,23 @@ def _losses(axes: Any, history: Sequence[EpochRecord]) -> None:
 def _path(axes: Any, history: Sequence[EpochRecord], name: str) -> None:
     epochs = [record.epoch for record in history]
     values = np.array([np.ravel(record.values[name]) for record in history])
-    if values.shape[1] > _MOST_LINES:
-        axes.fill_between(epochs, values.min(1), values.max(1), color="tab:blue", alpha=0.2, lw=0)
-        values = np.median(values, axis=1, keepdims=True)
-    axes.plot(epochs, values, lw=1.5, marker=_marker(history))
+    count = values.shape[1]
+    if count > _MOST_LINES:
+        axes.fill_between(epochs, values.min(1), values.max(1), color="tab:blue", alpha=0.2, lw=0, label="range")
+        lines = [(f"median of {count}", "tab:blue", np.median(values, axis=1))]
+    else:
+        indices = np.ndindex(np.shape(history[0].values[name]))
+        labels = [",".join(map(str, index)) for index in indices]
+        colours = [_SHADES[i * len(_SHADES) // count] if count > 1 else "tab:blue" for i in range(count)]
+        lines = list(zip(labels, colours, values.T, strict=True))
+    for label, colour, path in lines:
+        axes.plot(epochs, path, lw=1.5, color=colour, label=label, marker=_marker(history))
     axes.set_title(name, fontsize=9)
     axes.tick_params(labelsize=7)
     _tidy(axes)
+    if count > 1:
+        style = {"frameon": False, "fontsize": 7, "handlelength": 1.0, "columnspacing": 0.9, "handletextpad": 0.4}
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=5, borderaxespad=0.0, **style)
 
 
 def _marker(history: Sequence[EpochRecord]) -> str:

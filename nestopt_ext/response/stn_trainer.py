@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from .model import StnModel
-from .trainer import Criterion, Forward, OptimizerFactory, Regularizer, ResponseTrainer, SchedulerFactory, detached
+from .trainer import OptimizerFactory, ResponseTrainer
 
 
 class StnTrainer(ResponseTrainer):
@@ -62,7 +61,7 @@ class StnTrainer(ResponseTrainer):
     Source: MacKay, Vicol, Lorraine, Duvenaud, Grosse, Self-Tuning Networks (ICLR 2019), algorithm 1, and the authors'
     code for schedule and defaults. Here hyperparameters that cannot differ within a batch are those of its first row.
 
-    >>> from nestopt_ext.response import HyperParameters, StnLinear
+    >>> from nestopt_ext.response import HyperParameters, StnLinear, StnModel
     >>> layer = StnLinear(1, 1, bias=False, num_hparams=1)
     >>> _ = torch.nn.init.ones_(layer.weight), torch.nn.init.zeros_(layer.gate_weight)
     >>> model = StnModel(layer, HyperParameters().add("a", 0.0), centred=False)
@@ -77,76 +76,14 @@ class StnTrainer(ResponseTrainer):
 
     _centred = False
 
-    def __init__(
-        self,
-        model: StnModel,
-        criterion: Criterion,
-        train_batches: Iterable[Any],
-        valid_batches: Iterable[Any],
-        *,
-        valid_criterion: Criterion | None = None,
-        test_batches: Iterable[Any] | None = None,
-        metrics: Mapping[str, Callable[[Any, Any], Tensor]] | None = None,
-        augment: Callable[[Any], Any] | None = None,
-        regularizers: Sequence[Regularizer] = (),
-        forward: Forward | None = None,
-        optimizer: OptimizerFactory | None = None,
-        hyper_optimizer: OptimizerFactory | None = None,
-        scale_optimizer: OptimizerFactory | None = None,
-        scheduler: SchedulerFactory | None = None,
-        hyper_scheduler: SchedulerFactory | None = None,
-        warmup_epochs: int = 5,
-        train_steps: int = 2,
-        valid_steps: int = 1,
-        entropy_weight: float = 1e-3,
-        tune_scales: bool = True,
-        max_norm: float | None = None,
-        batch_dim: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        super().__init__(
-            model,
-            criterion,
-            train_batches,
-            valid_batches,
-            optimizers={"optimizer": optimizer or _sgd},
-            hyper_optimizer=hyper_optimizer or _adam,
-            scale_optimizer=scale_optimizer,
-            valid_criterion=valid_criterion,
-            test_batches=test_batches,
-            metrics=metrics or {},
-            augment=augment,
-            regularizers=regularizers,
-            forward=forward,
-            scheduler=scheduler,
-            hyper_scheduler=hyper_scheduler,
-            warmup_epochs=warmup_epochs,
-            train_steps=train_steps,
-            valid_steps=valid_steps,
-            entropy_weight=entropy_weight,
-            tune_scales=tune_scales,
-            max_norm=max_norm,
-            batch_dim=batch_dim,
-            generator=generator,
-        )
+    def _weights(self, optimizer: OptimizerFactory) -> dict[str, tuple[Iterable[nn.Parameter], OptimizerFactory]]:
+        return {"optimizer": (self.model.module.parameters(), optimizer)}
 
-    def _weights(self) -> dict[str, Iterable[nn.Parameter]]:
-        return {"optimizer": self.model.module.parameters()}
+    def _default_hyper_optimizer(self, params: list[nn.Parameter]) -> Optimizer:
+        return torch.optim.Adam(params, lr=3e-3)
 
     def train_step(self, batch: Any) -> dict[str, float]:
         """One step of all weights, at a point of its own for each example; returns ``train_loss`` before it."""
         batch = self._on_device(batch)
-        self.model.train()
-        with self.model.at(self._perturbed(batch)):
-            loss, carry = self._fitting_loss(batch, self._carry)
-        value = self._descend("the training loss", "optimizer", loss)
-        self._carry = detached(carry)
-        return {"train_loss": value}
-
-
-def _sgd(params: list[nn.Parameter]) -> Optimizer:
-    return torch.optim.SGD(params, lr=0.01, momentum=0.9)
-
-
-def _adam(params: list[nn.Parameter]) -> Optimizer:
-    return torch.optim.Adam(params, lr=3e-3)
+        loss, self._carry = self._weights_step(batch, self.model.at(self._perturbed(batch)))
+        return {"train_loss": loss}

@@ -25,6 +25,7 @@ from ._trainer_arguments import (
     check_batches,
     check_entropy_weight,
     check_evaluation,
+    check_examples,
     check_metrics,
     check_model,
     check_regularizers,
@@ -33,7 +34,7 @@ from ._trainer_arguments import (
     made_optimizer,
     made_schedulers,
 )
-from ._trainer_step import descend, evaluating, frozen
+from ._trainer_step import buffers_restored, descend, evaluating, frozen
 from .model import StnModel
 
 #: (model, batch, carry) -> (outputs, targets, carry); what is carried reaches the next batch.
@@ -89,25 +90,25 @@ class ResponseTrainer:
         train_batches: Iterable[Any],
         valid_batches: Iterable[Any],
         *,
-        optimizers: Mapping[str, OptimizerFactory],
-        hyper_optimizer: OptimizerFactory,
-        scale_optimizer: OptimizerFactory | None,
-        valid_criterion: Criterion | None,
-        test_batches: Iterable[Any] | None,
-        metrics: Mapping[str, Callable[[Any, Any], Tensor]],
-        augment: Callable[[Any], Any] | None,
-        regularizers: Sequence[Regularizer],
-        forward: Forward | None,
-        scheduler: SchedulerFactory | None,
-        hyper_scheduler: SchedulerFactory | None,
-        warmup_epochs: int,
-        train_steps: int,
-        valid_steps: int,
-        entropy_weight: float,
-        tune_scales: bool,
-        max_norm: float | None,
-        batch_dim: int | None,
-        generator: torch.Generator | None,
+        valid_criterion: Criterion | None = None,
+        test_batches: Iterable[Any] | None = None,
+        metrics: Mapping[str, Callable[[Any, Any], Tensor]] | None = None,
+        augment: Callable[[Any], Any] | None = None,
+        regularizers: Sequence[Regularizer] = (),
+        forward: Forward | None = None,
+        optimizer: OptimizerFactory | None = None,
+        hyper_optimizer: OptimizerFactory | None = None,
+        scale_optimizer: OptimizerFactory | None = None,
+        scheduler: SchedulerFactory | None = None,
+        hyper_scheduler: SchedulerFactory | None = None,
+        warmup_epochs: int = 5,
+        train_steps: int = 2,
+        valid_steps: int = 1,
+        entropy_weight: float = 1e-3,
+        tune_scales: bool = True,
+        max_norm: float | None = None,
+        batch_dim: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         caller = self._caller = type(self).__name__
         check_model(caller, model, self._centred)
@@ -125,29 +126,33 @@ class ResponseTrainer:
         ):  # fmt: skip
             arguments.check_count(caller, name, value, least)
         arguments.check_clip(caller, "max_norm", max_norm)
-        check_metrics(caller, metrics)
+        check_metrics(caller, metrics or {})
         check_entropy_weight(caller, entropy_weight)
         self.model = model
+        self._modules = list(model.modules())  # walking over them takes as long as a small layer
         self._criterion, self._valid_criterion = criterion, valid_criterion or criterion
-        self._metrics = dict(metrics)
+        self._metrics = dict(metrics or {})
         self._augment, self._regularizers = augment, check_regularizers(caller, regularizers)
         self._forward = forward
         self._warmup_epochs, self._train_steps, self._valid_steps = warmup_epochs, train_steps, valid_steps
         self._entropy_weight, self._tune_scales = float(entropy_weight), tune_scales
         self._max_norm = max_norm
         self._batch_dim = batch_dim_of(caller, model, batch_dim)
-        self._train = Batches(caller, "train_batches", train_batches, resumable=True)
-        self._valid = Batches(caller, "valid_batches", valid_batches, resumable=True)
+        self._train = Batches(caller, "train_batches", train_batches, resumable=False)
+        self._valid = Batches(caller, "valid_batches", valid_batches, resumable=False)
+        for batches in (self._train, self._valid):
+            batches.require_restart()
         self._valid_batches = check_batches(caller, "valid_batches", valid_batches)
         self._test_batches = None if test_batches is None else check_batches(caller, "test_batches", test_batches)
         self._generator = generator_for(caller, model, generator)
         self._random = RandomStates([self._generator, *self._train.generators, *self._valid.generators])
-        self._params = {name: [p for p in params if p.requires_grad] for name, params in self._weights().items()}
         #: By name: those of the weights, ``hyper_optimizer`` and, where it is apart, ``scale_optimizer``.
-        self.optimizers: dict[str, Optimizer] = {
-            name: made_optimizer(caller, name, optimizers[name], params) for name, params in self._params.items()
-        }
-        self._make_hyper_optimizers(hyper_optimizer, scale_optimizer)
+        self.optimizers: dict[str, Optimizer] = {}
+        self._params: dict[str, list[nn.Parameter]] = {}
+        for name, (params, factory) in self._weights(optimizer or sgd).items():
+            self._params[name] = [p for p in params if p.requires_grad]
+            self.optimizers[name] = made_optimizer(caller, name, factory, self._params[name])
+        self._make_hyper_optimizers(hyper_optimizer or self._default_hyper_optimizer, scale_optimizer)
         #: What steps at the end of every epoch; more of torch's schedulers may be appended before the first.
         self.schedulers: list[Any] = made_schedulers(
             caller,
@@ -169,9 +174,24 @@ class ResponseTrainer:
     #: Whether the model's gates are those of h - h0.
     _centred: bool
 
-    def _weights(self) -> dict[str, Iterable[nn.Parameter]]:
-        """What each of the weights' optimizers steps."""
+    def _weights(self, optimizer: OptimizerFactory) -> dict[str, tuple[Iterable[nn.Parameter], OptimizerFactory]]:
+        """What each of the weights' optimizers steps, and what makes it; ``optimizer`` is that of the first one."""
         raise NotImplementedError
+
+    def _default_hyper_optimizer(self, params: list[nn.Parameter]) -> Optimizer:
+        raise NotImplementedError
+
+    def _options(self) -> dict[str, Any]:
+        """What is neither in the model nor in an optimizer, and decides what a step is."""
+        return {
+            "warmup_epochs": self._warmup_epochs,
+            "train_steps": self._train_steps,
+            "valid_steps": self._valid_steps,
+            "entropy_weight": self._entropy_weight,
+            "tune_scales": self._tune_scales,
+            "max_norm": self._max_norm,
+            "batch_dim": self._batch_dim,
+        }
 
     def _make_hyper_optimizers(self, hyper: OptimizerFactory, scale: OptimizerFactory | None) -> None:
         hparams = self.model.hparams
@@ -212,19 +232,32 @@ class ResponseTrainer:
         with self._evaluating(), frozen(self.model.module.parameters()), self.model.at(h):
             outputs, targets, carry = self._outputs(batch, self._valid_carry)
             loss = self._checked(self._valid_criterion(outputs, targets), "valid_criterion")
-        if not loss.requires_grad:  # the entropy has a gradient all the same, and would tune the scales of nothing
-            raise ValueError(
-                f"{self._caller}: the validation loss must depend on the hyperparameters; got one without a graph to"
-                " them. Call the layers that respond, instead of reading their weights, and detach nothing."
-            )
-        entropy = hparams.entropy().to(loss)
-        objective = loss - self._entropy_weight * entropy if self._tune_scales else loss
-        params = [hparams.unconstrained, *([hparams.raw_scale] if self._tune_scales else [])]
-        optimizers = [o for name, o in self.optimizers.items() if name not in self._params]
-        descend(self._caller, "the validation loss", objective, params, optimizers)
+            if not loss.requires_grad:  # the entropy has a gradient all the same, and would tune the scales of nothing
+                raise ValueError(
+                    f"{self._caller}: the validation loss must depend on the hyperparameters; got one without a graph"
+                    " to them. Call the layers that respond, instead of reading their weights, and detach nothing."
+                )
+            entropy = hparams.entropy().to(loss)
+            objective = loss - self._entropy_weight * entropy if self._tune_scales else loss
+            params = [hparams.unconstrained, *([hparams.raw_scale] if self._tune_scales else [])]
+            optimizers = [o for name, o in self.optimizers.items() if name not in self._params]
+            descend(self._caller, "the validation loss", objective, params, optimizers)
         self._valid_carry = detached(carry)
         (value,), (nats,) = _lists.to_host([loss, entropy])
         return {"hyper_loss": value, "entropy": nats}
+
+    def _weights_step(self, batch: Any, sample: contextlib.AbstractContextManager[Any]) -> tuple[float, Any]:
+        """One step of ``optimizer`` at ``sample``; returns the training loss before it, and what is carried on.
+
+        Its gradient is taken inside of the sample, where checkpointed regions are computed again. What the pass wrote
+        to buffers is taken back where the step is refused.
+        """
+        if not all(module.training for module in self._modules):
+            self.model.train()
+        with buffers_restored(self._modules, on_failure_only=True), sample:
+            loss, carry = self._fitting_loss(batch, self._carry)
+            value = self._descend("the training loss", "optimizer", loss)
+        return value, detached(carry)
 
     def _fitting_loss(self, batch: Any, carry: Any) -> tuple[Tensor, Any]:
         """The training loss of a batch with its augmentation and regularizers, for the current sample."""
@@ -281,7 +314,7 @@ class ResponseTrainer:
     def _batch_size(self, batch: Any) -> int:
         for leaf in pytree.tree_leaves(batch):
             if isinstance(leaf, Tensor) and leaf.dim() > self._batch_dim:
-                return leaf.size(self._batch_dim)
+                return check_examples(self._caller, leaf.size(self._batch_dim))
         raise ValueError(
             f"{self._caller}: a batch must hold a tensor with a dimension {self._batch_dim}, that of its examples;"
             " got none."
@@ -376,6 +409,7 @@ class ResponseTrainer:
                 for batch in batches:
                     outputs, targets, carry = self._outputs(self._on_device(batch), carry)
                     size = targets.numel() if isinstance(targets, Tensor) else self._batch_size(batch)
+                    check_examples(self._caller, size)
                     found = {"loss": self._checked(self._valid_criterion(outputs, targets), "valid_criterion")}
                     for name, metric in self._metrics.items():
                         found[name] = self._checked(metric(outputs, targets), f"metrics[{name!r}]")
@@ -430,6 +464,8 @@ class ResponseTrainer:
                 RuntimeWarning,
                 stacklevel=2,
             )
+        if output is not None:
+            self._train.require_position()
         plan = _fit.Plan(self._caller, epochs, output, resume, patience, should_stop, on_epoch, checkpoint_every)
         return _fit.run(self, self._files, plan, progress)
 
@@ -442,8 +478,14 @@ class ResponseTrainer:
     # ---- saving -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that later steps depend on: tensors (not copies), numbers, text, lists and dicts."""
+        """Everything that later steps depend on: tensors (not copies), numbers, text, lists and dicts.
+
+        Raises ValueError where ``train_batches`` is a DataLoader with ``persistent_workers=True``, whose place in an
+        epoch cannot be found again.
+        """
+        self._train.require_position()
         state = {
+            "options": self._options(),
             "epoch": self.epoch,
             "step_count": self.step_count,
             "since_valid": self._since_valid,
@@ -468,7 +510,8 @@ class ResponseTrainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what :meth:`state_dict` gave, also the random numbers.
 
-        Raises ValueError, and changes nothing, where it does not fit.
+        Raises ValueError, and changes nothing, where it does not fit, or was made with other options than those of this
+        trainer: schedule, ``entropy_weight``, ``tune_scales``, ``max_norm``, ``batch_dim``, ``linearize``.
         """
         try:
             check_state(state, self.state_dict(), self.optimizers)
@@ -499,6 +542,11 @@ class ResponseTrainer:
         return pytree.tree_map_only(Tensor, lambda t: t.detach().to(device, copy=True), value)
 
 
+def sgd(params: list[nn.Parameter]) -> Optimizer:
+    """What trains weights where no optimizer is given."""
+    return torch.optim.SGD(params, lr=0.01, momentum=0.9)
+
+
 def detached(carry: Any) -> Any:
     """The same without graph."""
-    return pytree.tree_map_only(Tensor, Tensor.detach, carry)
+    return None if carry is None else pytree.tree_map_only(Tensor, Tensor.detach, carry)

@@ -18,7 +18,7 @@ CheckEvery: TypeAlias = int | Literal["auto"] | None
 
 
 def check_num_terms(caller: str, num_terms: Any) -> None:
-    if isinstance(num_terms, bool) or not isinstance(num_terms, Integral):
+    if type(num_terms) is not int and (isinstance(num_terms, bool) or not isinstance(num_terms, Integral)):
         raise TypeError(f"{caller}: num_terms must be an int; got {num_terms!r}.")
     if num_terms < 0:
         raise ValueError(f"{caller}: num_terms must be >= 0; got {num_terms}. It counts products; 0 gives alpha * v.")
@@ -110,7 +110,7 @@ def check_alpha_value(caller: str, alpha: float) -> None:
 def alpha_tensor(alpha: Any) -> Tensor:
     """A checked number or 0-dim tensor, as a 0-dim tensor that the fused op takes; a number becomes one on the CPU."""
     if not isinstance(alpha, Tensor):
-        return torch.tensor(float(alpha), dtype=torch.float64, device="cpu")
+        return torch.scalar_tensor(float(alpha), dtype=torch.float64, device="cpu")
     return alpha.detach().to(torch.promote_types(alpha.dtype, torch.float32))
 
 
@@ -125,5 +125,5 @@ def looks(check_every: CheckEvery, tensors: Sequence[Tensor]) -> int:
 
 
 def _check_number(caller: str, name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{caller}: {name} must be a number; got {value!r}.")

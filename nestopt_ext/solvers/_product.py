@@ -56,7 +56,7 @@ class Product:
 
     def __call__(self, vector: TensorList) -> TensorList:
         """The product with ``vector``, whose dtype may be wider than that of the right-hand side."""
-        handed = self._narrowed(vector)
+        handed = self.narrowed(vector)
         if self._operator is None:
             return self._checked(handed, vector)
         product = self._out(self._operator.flat_product(self._in(handed)))
@@ -76,7 +76,7 @@ class Product:
                 for rows, product in zip(found, self([t[i] for t in vectors]), strict=True):
                     rows[i] = product
             return found
-        products = self._out(self._operator.flat_products(self._in(self._narrowed(vectors))))
+        products = self._out(self._operator.flat_products(self._in(self.narrowed(vectors))))
         self.count += count
         return products
 
@@ -84,7 +84,7 @@ class Product:
         """(A + damping I)^-1 times k lists, [k, *shape] for each tensor, where the operator has it in closed form."""
         if self._operator is None:
             return None
-        found = self._operator.flat_inverse(self._in(self._narrowed(vectors)), damping)
+        found = self._operator.flat_inverse(self._in(self.narrowed(vectors)), damping)
         return None if found is None else self._out(found)
 
     def low_rank(self) -> LowRank | None:
@@ -101,7 +101,7 @@ class Product:
         """The Neumann sum and the squared norms of its terms, where the operator has them in closed form."""
         if self._operator is None:
             return None
-        found = self._operator.flat_series(self._in(self._narrowed(vector)), num_terms, alpha, damping)
+        found = self._operator.flat_series(self._in(self.narrowed(vector)), num_terms, alpha, damping)
         return None if found is None else (self._out(found[0]), found[1])
 
     def loop(
@@ -116,12 +116,20 @@ class Product:
         self.count += num_terms
         return self._out(found[0]), found[1]
 
+    def narrowed(self, vector: TensorList) -> TensorList:
+        """A list in the dtypes of the right-hand side; a solver works in float32 where those have 16 bits."""
+        if not self._narrow:
+            return vector
+        return [t.to(dtype) for t, dtype in zip(vector, self._dtypes, strict=True)]
+
     def largest_eigenvalue(self) -> Tensor | None:
         return None if self._operator is None else self._operator.largest_eigenvalue()
 
     def _meet(self, operator: LinearOperator) -> None:
         """Matches the right-hand side with what the operator acts on; a dict may come in another order."""
         theirs = operator.structure
+        if theirs is self._structure and _lists.all_like(self.like, operator.flat_params):
+            return
         name = type(operator).__name__
         ordered = theirs.match(name, "v", self._structure.pack(self.like))
         _lists.check_like(name, theirs.labels("v"), ordered, operator.flat_params)
@@ -139,12 +147,6 @@ class Product:
             return vector
         place = {i: position for position, i in enumerate(self._inwards)}
         return [vector[place[i]] for i in range(len(vector))]
-
-    def _narrowed(self, vector: TensorList) -> TensorList:
-        """In the dtypes of the right-hand side; a solver works in float32 where those have 16 bits."""
-        if not self._narrow:
-            return vector
-        return [t.to(dtype) for t, dtype in zip(vector, self._dtypes, strict=True)]
 
     def _checked(self, vector: TensorList, source: TensorList) -> TensorList:
         """The product of a foreign matvec, of which nothing is taken on trust."""

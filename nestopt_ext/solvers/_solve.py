@@ -122,7 +122,7 @@ def _run(system: System, solver: Solver, start: TensorList | None) -> tuple[Syst
     outcome = solver.run(System(system.product, correction, system.columns, norm))
     value = [t.detach().to(c.dtype) + x.to(c.dtype) for t, c, x in zip(start, correction, outcome.value, strict=True)]
     value = [t.to(like.dtype) for t, like in zip(value, system.product.like, strict=True)]
-    return system, dataclasses.replace(outcome, value=value)
+    return system, dataclasses.replace(outcome, value=value, is_bounded=False)
 
 
 def _damping(solver: Solver) -> float:

@@ -155,7 +155,10 @@ def series(
     if step is None:
         start = factor.start()
         step = factor.largest_step(start)
-    found = _by_operator(system, num_terms, step, damping, rtol > 0) if preconditioner is None else None
+    found = _in_closed_form(system, num_terms, step, damping) if preconditioner is None else None
+    is_bounded = found is None
+    if found is None and preconditioner is None and rtol == 0 and system.columns is None:
+        found = _by_steps(system, num_terms, step, damping)
     limit = None
     if found is None:
         start = factor.start() if start is None else start
@@ -166,11 +169,14 @@ def series(
     else:
         value, sq_norms = found
     used = f"num_terms={{terms}}, alpha={{alpha}}, damping={damping:.4g}"
-    evidence = History(sq_norms, system.columns, used, _describe, step, limit)
-    value = [t.to(like.dtype) for t, like in zip(value, system.product.like, strict=True)]
+    known = step if isinstance(alpha, str | Tensor) else float(alpha)
+    evidence = History(sq_norms, system.columns, used, _describe, known, limit)
+    value = system.product.narrowed(value)
     # 1 / alpha bounds the curvature from above, by far where the step is far too small.
-    most_rounding = max((torch.finfo(t.dtype).eps ** 0.5 for t in system.product.like), default=0.0)
-    return Outcome(value, evidence, factor.curvature(step), rtol, most_rounding)
+    most_rounding = max(
+        (torch.finfo(dtype).eps ** 0.5 for dtype in {t.dtype for t in system.product.like}), default=0.0
+    )
+    return Outcome(value, evidence, factor.curvature(step), rtol, most_rounding, is_bounded=is_bounded)
 
 
 def _summed(
@@ -180,37 +186,59 @@ def _summed(
 
     Also the squared norms of the terms on each device. A term that follows one at its limit is made zero.
     """
-    total = [t.clone() for t in term]
-    groups = _lists.by_device(term)
-    steps = {device: step if step.device.type == "cpu" else step.to(device) for device in groups}
-    histories = {device: _history(system, term, positions, num_terms) for device, positions in groups.items()}
+    total = [torch.zeros_like(t) for t in term]
+    parts = [
+        _Part(term, total, positions, step if step.device.type == "cpu" else step.to(device), system.columns, num_terms)
+        for device, positions in _lists.by_device(term).items()
+    ]
+    for part in parts:
+        part.step([], 0)
     used = 0
     for j in range(1, num_terms + 1):
         if limit is not None:
-            alive = _above(limit, [history[j - 1] for history in histories.values()])
+            alive = _above(limit, [part.sq_norms[j - 1] for part in parts])
             if look and (j - 1) % look == 0 and not bool(alive.any()):
                 break
             for t in term:
                 t.mul_(_broadcast(alive, t, system.columns))
         av = factor(term)
-        for device, positions in groups.items():
-            history = histories[device]
-            _ops.neumann_step_(
-                [term[i] for i in positions],
-                [total[i] for i in positions],
-                [av[i] for i in positions],
-                steps[device],
-                damping=factor.fused_damping,
-                sq_norm=history[j] if system.columns is None else None,
-            )
-            if system.columns is not None:
-                history[j] = _lists.norms([term[i] for i in positions]).square()
+        for part in parts:
+            part.step(av, j, factor.fused_damping)
         del av
         used = j
-    for device, positions in groups.items():
-        for i in positions:
-            total[i].mul_(steps[device])
-    return total, [history[: used + 1] for history in histories.values()]
+    for part in parts:
+        for t in part.total:
+            t.mul_(part.alpha)
+    return total, [part.sq_norms[: used + 1] for part in parts]
+
+
+class _Part:
+    """The tensors of a sum on one device, and the squared norms of its terms there, [n] or [n, k]."""
+
+    def __init__(
+        self,
+        term: TensorList,
+        total: TensorList,
+        positions: list[int],
+        alpha: Tensor,
+        columns: int | None,
+        num_terms: int,
+    ) -> None:
+        self.term, self.total = ([tensors[i] for i in positions] for tensors in (term, total))
+        self.alpha = alpha
+        self._positions = positions
+        self._columns = columns
+        shape = (num_terms + 1,) if columns is None else (num_terms + 1, columns)
+        device = self.term[0].device
+        self.sq_norms = torch.zeros(shape, dtype=_lists.scalar_dtype(device), device=device)
+
+    def step(self, av: TensorList, number: int, damping: float = 0.0) -> None:
+        """The next term, from the product with the one before; the first is there already. Adds it to the total."""
+        products = [av[i] for i in self._positions] if av else []
+        sq_norm = self.sq_norms[number] if self._columns is None else None
+        _ops.neumann_step_(self.term, self.total, products, self.alpha, damping=damping, sq_norm=sq_norm)
+        if self._columns is not None:
+            self.sq_norms[number] = _lists.norms(self.term).square()
 
 
 class _Plain:
@@ -239,7 +267,7 @@ class _Plain:
 
     def curvature(self, step: Tensor) -> Tensor:
         """The norm of A + damping I, as far as it is known."""
-        return 1 / step
+        return step.reciprocal()
 
 
 class _Preconditioned:
@@ -284,15 +312,18 @@ class _Preconditioned:
 _Factor: TypeAlias = _Plain | _Preconditioned
 
 
-def _by_operator(
-    system: System, num_terms: int, step: Tensor, damping: float, may_end: bool
+def _by_steps(system: System, num_terms: int, step: Tensor, damping: float) -> tuple[TensorList, TensorList] | None:
+    """The sum where the operator takes its steps itself."""
+    found = system.product.loop([t.detach() for t in system.v], num_terms, step, damping)
+    return None if found is None else (found[0], [found[1]])
+
+
+def _in_closed_form(
+    system: System, num_terms: int, step: Tensor, damping: float
 ) -> tuple[TensorList, TensorList] | None:
-    """The sum as the operator finds it, in closed form or, unless it may end early, by products of its own."""
+    """The sum where the operator has it in closed form."""
     if system.columns is None:
-        v = [t.detach() for t in system.v]
-        found = system.product.series(v, num_terms, step, damping)
-        if found is None and not may_end:
-            found = system.product.loop(v, num_terms, step, damping)
+        found = system.product.series([t.detach() for t in system.v], num_terms, step, damping)
         return None if found is None else (found[0], [found[1]])
     sums, histories = [], []
     for row in zip(*system.rows(), strict=True):
@@ -309,14 +340,6 @@ def _one_of(system: System, start: TensorList) -> TensorList:
     if system.columns is None:
         return [t.clone() for t in start]
     return [t[0].clone() if system.columns else t.new_zeros(t.shape[1:]) for t in start]
-
-
-def _history(system: System, term: TensorList, positions: list[int], num_terms: int) -> Tensor:
-    """Room for the squared norm of each term on one device, [n] or [n, k], with the first one filled in."""
-    norms = system.lengths([term[i] for i in positions])
-    history = torch.zeros((num_terms + 1, *norms.shape), dtype=norms.dtype, device=norms.device)
-    history[0] = norms.square()
-    return history
 
 
 def _above(limit: Tensor, sq_norms: TensorList) -> Tensor:

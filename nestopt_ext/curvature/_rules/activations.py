@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +52,29 @@ class Rectifier(Node):
     def _passed(self, t: Tensor | None) -> Tensor:
         result: Tensor = torch.ops.aten.threshold_backward(t, self.value, 0)
         return result
+
+    def batch_dim(self, dims: Sequence[int | None], batch: int) -> int | None:
+        """As it was."""
+        return dims[0]
+
+
+class FromValue(Node):
+    """A function whose derivative follows from what it gave, which the next layer keeps anyway.
+
+    ``derivative`` multiplies with it: the function of a cotangent and the value that is PyTorch's own backward pass.
+    """
+
+    def __init__(self, x: Operand, value: Tensor, derivative: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__(x)
+        self.value = value
+        self._derivative = derivative
+
+    def jvp(self, tangents: Sequence[Tensor | None]) -> Tensor:
+        assert tangents[0] is not None
+        return self._derivative(tangents[0], self.value)
+
+    def vjp(self, i: int, cotangent: Tensor, into: Tensor | None) -> Tensor:
+        return accumulated(self._derivative(cotangent, self.value), into)
 
     def batch_dim(self, dims: Sequence[int | None], batch: int) -> int | None:
         """As it was."""
@@ -150,13 +173,13 @@ def softplus(input: Operand, beta: float = 1.0, threshold: float = 20.0) -> Any:
 @rule(torch.tanh, Tensor.tanh, F.tanh)
 def tanh(input: Operand) -> Any:
     value = value_of(input).tanh()
-    return Factor(input, 1 - value * value), value
+    return FromValue(input, value, torch.ops.aten.tanh_backward), value
 
 
 @rule(torch.sigmoid, Tensor.sigmoid, F.sigmoid)
 def sigmoid(input: Operand) -> Any:
     value = value_of(input).sigmoid()
-    return Factor(input, value * (1 - value)), value
+    return FromValue(input, value, torch.ops.aten.sigmoid_backward), value
 
 
 @rule(torch.exp, Tensor.exp)

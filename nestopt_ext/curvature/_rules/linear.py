@@ -9,7 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._tape import MixesExamples, Node, Operand, OuterProducts, Rows, accumulated, by_example, rule, value_of
+from .._tape import (
+    MixesExamples,
+    Node,
+    Operand,
+    OuterProducts,
+    Rows,
+    ThroughParams,
+    accumulated,
+    by_example,
+    rule,
+    value_of,
+)
+
+#: Multiplications in the time of the calls that a gradient takes beyond those of a product with a matrix.
+_MORE_CALLS = 2**18
 
 
 class Linear(Node):
@@ -51,6 +65,42 @@ class Linear(Node):
             into.view(left.shape[0], right.shape[1]).addmm_(left, right)
             return into
         return accumulated(torch.mm(left, right).view(into.shape), into)
+
+    def through_params(self, own: Sequence[int], num_uses: int) -> ThroughParams:
+        """By the inner products of the rows of x, plus 1 for a bias, where that is less than the gradient itself."""
+        whole = all(i in own for i in self.wanted if i > 0)
+        if 1 not in own or not whole or not self._goes_by_rows(num_uses):
+            return super().through_params(own, num_uses)
+        gram = torch.mm(self._rows, self._rows.t())
+        if 2 in own:
+            gram += 1
+        turned, shape = self.weight.t(), self._rows.shape
+
+        def of_rows(of_x: Tensor | None, cotangent: Tensor) -> Tensor:
+            return torch.mm(gram, cotangent) if of_x is None else torch.mm(of_x, turned).addmm_(gram, cotangent)
+
+        def pushed(tangents: list[Tensor | None], cotangent: Tensor) -> Tensor:
+            of_x = tangents[0]
+            if cotangent.dim() == 2:
+                return of_rows(of_x, cotangent)
+            of_x = None if of_x is None else of_x.reshape(shape)
+            return of_rows(of_x, cotangent.reshape(shape[0], -1)).view(cotangent.shape)
+
+        return pushed
+
+    def _macs_by_rows(self, num_uses: int) -> int:
+        rows, width = self._rows.shape
+        found: int = rows * rows * (width + num_uses * self.weight.shape[0])
+        return found
+
+    def _goes_by_rows(self, num_uses: int) -> bool:
+        return self._macs_by_rows(num_uses) < num_uses * (2 * self.macs + _MORE_CALLS)
+
+    def macs_through_params(self, num_uses: int) -> tuple[int, bool]:
+        """Of the way that is chosen."""
+        if self._goes_by_rows(num_uses):
+            return self._macs_by_rows(num_uses), False
+        return super().macs_through_params(num_uses)
 
     def batch_dim(self, dims: Sequence[int | None], batch: int) -> int | None:
         """That of x, unless it is the one that is summed over."""

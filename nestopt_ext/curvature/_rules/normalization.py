@@ -28,9 +28,9 @@ class Normalization(Node):
     def vjp(self, i: int, cotangent: Tensor, into: Tensor | None) -> Tensor:
         return accumulated(self._gradients(cotangent, (i,))[0], into)
 
-    def vjps(self, cotangent: Tensor) -> list[Tensor]:
+    def vjps(self, cotangent: Tensor, operands: Sequence[int]) -> list[Tensor]:
         """All from one call."""
-        return self._gradients(cotangent, self.wanted)
+        return self._gradients(cotangent, operands)
 
     def _gradients(self, cotangent: Tensor, wanted: Sequence[int]) -> list[Tensor]:
         raise NotImplementedError

@@ -28,7 +28,7 @@ from .results import MethodResult, lowest
 from .search import Unavailable, make_search
 from .space import inside
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 #: Seconds of training between checkpoints; an interrupt writes one at once.
 _CHECKPOINT_SECONDS = 30.0
 #: Units of progress for each method.
