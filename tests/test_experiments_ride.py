@@ -209,7 +209,7 @@ def test_gan_covers_what_its_points_cover():
 
 def test_gan_rides_from_one_start(gan):
     result = gan
-    assert len(result.archive.branches) == 4 and len(result.archive.starts) == 1
+    assert len(result.archive.branches) == 4 * len(result.archive.bifurcations) and len(result.archive.starts) == 1
     assert result.ends[0].name == "gradient descent, same start" and len(result.ends[0].states) == 1
     plain = result.study.step.start()
     for _ in range(4):
