@@ -200,10 +200,12 @@ def _address(tensor: Tensor) -> int:
 
 def to_host(tensors: Sequence[Tensor]) -> list[list[float]]:
     """The values of small tensors as Python numbers, with one copy (one wait) per device for all of them."""
+    if len(tensors) == 1:
+        return [tensors[0].detach().reshape(-1).tolist()]
     values: list[list[float]] = [[] for _ in tensors]
     for device, positions in by_device(tensors).items():
         group = [tensors[i].detach().reshape(-1).to(scalar_dtype(device)) for i in positions]
-        numbers = (group[0] if len(group) == 1 else torch.cat(group)).tolist()
+        numbers = torch.cat(group).tolist()
         start = 0
         for i, part in zip(positions, group, strict=True):
             values[i] = numbers[start : start + part.numel()]

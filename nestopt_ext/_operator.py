@@ -68,7 +68,8 @@ class LinearOperator(ABC):
     ) -> tuple[TensorList, Tensor] | None:
         """The same sum and norms term by term, by num_terms products, where a step can be taken inside a product.
 
-        ``diagonal`` is added to A, with an entry for each element.
+        ``diagonal`` is added to A, with an entry for each element. The sum is made of the terms and then multiplied by
+        alpha, so that their norms bound its entries.
         """
         return None
 

@@ -3,11 +3,13 @@
 import itertools
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,7 +17,7 @@ FLOATING = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 POISON = 12345.0
 
 #: Empty, 0-dim, one element, odd, around the size of a chunk of the kernels, several chunks, several dimensions.
-SHAPES = [(0,), (), (1,), (3, 0, 2), (7,), (33, 3), (16383,), (16384,), (16385,), (2, 3, 9001)]
+SHAPES = [(0,), (), (1,), (3, 0, 2), (7,), (33, 3), (16383,), (16384,), (16385,), (2, 3, 5501)]
 
 
 def opmath(dtype):
@@ -80,6 +82,29 @@ def same_bits(a, b):
 def all_same_bits(first, second):
     first, second = list(first), list(second)
     return len(first) == len(second) and all(map(same_bits, first, second))
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+def assert_refused(call, tensors, kind, message):
+    """The call raises ``kind`` with this message, to the letter, and writes to none of the tensors."""
+    memory = Memory(t for t in tensors if t.layout == torch.strided and t.device.type == "cpu")
+    with pytest.raises(kind, match=f"^{re.escape(message)}$"):
+        call()
+    assert memory.unchanged()
+
+
+def freed(*shape):
+    """A tensor whose storage was taken away but for 8 bytes."""
+    t = torch.zeros(shape)
+    t.untyped_storage().resize_(8)
+    return t
+
+
+def of_inference_mode(*shape):
+    with torch.inference_mode():
+        return torch.zeros(shape)
 
 
 # ---- layouts: each puts given values into a view of a poisoned storage ----------------------------------------------

@@ -11,6 +11,7 @@ from bench.cases import _bilevel, _curvatures, curvature_solve
 from bench.cases._curvatures import EMPIRICAL_FISHER, GAUSS_NEWTON, HESSIAN
 from bench.cases._problems import KINDS, Problem
 from bench.registry import Setting
+from nestopt_ext.curvature._dual import DualSpace
 
 QUICK = Setting(torch.device("cpu"), quick=True)
 
@@ -66,6 +67,20 @@ def test_references_are_the_matrices_by_definition():
     grads = torch.einsum("nip,ni->np", jacobian, p - torch.eye(3).double()[problem.inner_y])
     found = dense(_curvatures.reference(EMPIRICAL_FISHER, problem), problem.params)
     torch.testing.assert_close(found, grads.T @ grads / 6)
+
+
+def test_fewer_terms_go_by_the_route_of_all(monkeypatch):
+    """Else their memory would be that of another algorithm."""
+    summed = []
+    series = DualSpace.series
+    monkeypatch.setattr(DualSpace, "series", lambda self, v, *rest: summed.append(rest[0]) or series(self, v, *rest))
+    for num_terms in (20, 100):
+        field = curvature_solve._build(EMPIRICAL_FISHER, "logistic", num_terms, Setting(torch.device("cpu")))
+        (fewer,) = [c for c in field.contestants if c.name == f"EmpiricalFisher, K = {num_terms // 5}"]
+        for contestant in (field.contestants[0], fewer):
+            summed.clear()
+            contestant.step()
+            assert summed == [num_terms if contestant is field.contestants[0] else num_terms // 5]
 
 
 def test_the_hessian_of_logistic_regression_is_its_gauss_newton_matrix():

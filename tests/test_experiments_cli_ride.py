@@ -9,7 +9,7 @@ from nestopt_ext.experiments import cli, cli_ride
 from nestopt_ext.experiments.command import StopRequest
 from nestopt_ext.experiments.ride.config import GAMES, RideConfig
 
-SMALL = ["--game", "small-ipd", "--starts", "2", "--ascent-steps", "3", "--branch-sizes", "2", "--steps", "30"]
+SMALL = ["--game", "small-ipd", "--starts", "2", "--ascent-steps", "2", "--branch-sizes", "2", "--steps", "15"]
 
 
 def run(*arguments: str) -> int:
@@ -17,6 +17,14 @@ def run(*arguments: str) -> int:
         return cli.main(["ride", *arguments])
     except SystemExit as exit:
         return exit.code if isinstance(exit.code, int) else 1
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Runs whose pictures are told of and not drawn."""
+    folders = []
+    monkeypatch.setattr(cli_ride.pictures, "save_pictures", lambda folder, result: folders.append(folder))
+    return folders
 
 
 def content(folder):
@@ -40,7 +48,7 @@ def test_run_leaves_everything_and_says_where(tmp_path, capsys):
     assert set(content(folder)) == {"config.json", "log.jsonl", "checkpoint.pt", "portrait.png", "tree.png"}
 
 
-def test_output_with_a_run_in_it_is_not_overwritten_unasked(tmp_path, capsys):
+def test_output_with_a_run_in_it_is_not_overwritten_unasked(tmp_path, capsys, drawn):
     folder = tmp_path / "o"
     assert run(*SMALL, "--output", str(folder)) == 0
     (folder / "notes.txt").write_text("mine")
@@ -75,7 +83,7 @@ def test_mistake_is_told_in_one_line_with_code_2(arguments, part, tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_interrupted_run_says_how_to_continue_and_does(tmp_path, monkeypatch, capsys):
+def test_interrupted_run_says_how_to_continue_and_does(tmp_path, monkeypatch, capsys, drawn):
     whole, halved = tmp_path / "whole", tmp_path / "halved"
     assert run(*SMALL, "--output", str(whole)) == 0
     capsys.readouterr()
@@ -102,6 +110,6 @@ def test_without_matplotlib_the_run_is_whole_and_says_what_is_missing(tmp_path, 
     assert json.loads((folder / "config.json").read_text())["game"] == "small-ipd"
 
 
-def test_quick_run_of_the_default_game_is_quick(tmp_path, capsys):
+def test_quick_run_of_the_default_game_is_quick(tmp_path, capsys, drawn):
     assert run("--quick", "--steps", "20", "--output", str(tmp_path / "o")) == 0
     assert "prisoner's dilemma" in capsys.readouterr().out

@@ -15,6 +15,8 @@ from nestopt_ext.games import (
     extragradient_map,
     lola_map,
     matching_pennies,
+    max_lyapunov_exponent,
+    max_lyapunov_start,
     mix,
     momentum_map,
     ridge_rider,
@@ -39,39 +41,69 @@ def close(found, wanted, atol):
 # ---- generalized: games whose solutions are known -------------------------------------------------------------------
 
 
-def test_both_solutions_of_the_small_dilemma_from_one_start():
-    """Learning rate 1 in the first half of all rows, 5 in the second, as one tensor program."""
-    game = small_ipd(batch=1)
-    descent = sgd_map(game, 1.0)
+TIT_FOR_TAT, DEFECTION = (1.0, 1.0), (1.96, 1.96)
+
+
+@pytest.fixture(scope="module")
+def dilemmas():
+    """64 starts with a learning rate of 1 and the same with 5, as one tensor program: the descent, and the archive."""
+    descent = sgd_map(small_ipd(batch=1), 1.0)
 
     def step(x):
         lr = torch.tensor([1.0, 5.0], dtype=F64).repeat_interleave(len(x) // 2)[:, None]
         return x + lr * (descent(x) - x)
 
-    both = starts().repeat(2, 1)
-    method = LyapunovBranches(max_steps=1500, ascent_steps=150, ascent_lr=0.1, horizon=10, sizes=(0.5, 1.0, 2.0))
-    found = ridge_rider(step, both, method, losses=descent.losses, max_depth=1)
-    close(losses_of(found.solutions), [(1.0, 1.0), (1.96, 1.96)], 5e-3)
-    recovered = [len(found.found_from(i)) == 2 for i in range(20)]
-    assert sum(recovered[:10]) >= 6
-    assert sum(recovered[10:]) >= 8
+    method = LyapunovBranches(max_steps=700, ascent_steps=40)
+    begin = starts(64).repeat(2, 1)
+    found = ridge_rider(
+        step, begin, method, losses=descent.losses, max_depth=1, max_branches=None, bifurcation_distance=0.0
+    )
+    return descent, step, begin, found
+
+
+def reached(branches, losses):
+    return any(math.dist(branch.losses, losses) < 0.05 for branch in branches)
+
+
+def share_of_both(found, rows, of_the_source=False):
+    """The share of starts that lead to both solutions; of the branches that the source has, or of all."""
+    both = 0
+    for row in rows:
+        top, start = (b for b in found.bifurcations if b.start == row)
+        branches = found.children(top.id)
+        branches = [b for b in branches if b.size <= 2] if of_the_source else branches + found.children(start.id)
+        both += reached(branches, TIT_FOR_TAT) and reached(branches, DEFECTION)
+    return both / len(rows)
+
+
+@pytest.mark.parametrize("rows", [range(64), range(64, 128)], ids=["lr 1", "lr 5"])
+def test_both_solutions_of_the_small_dilemma_from_almost_any_start(dilemmas, rows):
+    """Of 320 starts 99 %. The source's own branches find both from 6 in 10 and 8 in 10 of them."""
+    found = dilemmas[-1]
+    assert share_of_both(found, rows) >= 0.9
+    assert 0.4 < share_of_both(found, rows, of_the_source=True) < 0.9
+
+
+def test_ascents_of_the_small_dilemma_end_at_the_published_place(dilemmas):
+    found = dilemmas[-1]
     top = torch.tensor([0.93, 0.92], dtype=F64)
-    ends = [
-        b for b in found.bifurcations[:10] if float((b.state - top).abs().max()) < 0.05
-    ]  # half a step of the ascent
-    assert len(ends) >= 5
+    ends = [b for b in found.bifurcations[:128:2] if float((b.state - top).abs().max()) < 0.03]
+    assert len(ends) >= 20  # others climb toward infinity
     close([b.values[0].real for b in ends], [0.099] * len(ends), 2e-3)
-    state = both
+
+
+def test_descent_of_the_small_dilemma_ends_in_one_solution(dilemmas):
+    descent, step, state, _ = dilemmas
     with torch.no_grad():
-        for _ in range(500):
+        for _ in range(300):
             state = step(state)
-    plain = torch.stack(descent.losses(state), dim=1)
-    assert bool(((plain < 1.02).all(dim=1) | (plain > 1.9).all(dim=1)).all())  # descent ends in one of them
+    plain = torch.stack(descent.losses(state), dim=1)[64:]
+    assert bool(((plain < 1.02).all(dim=1) | (plain > 1.9).all(dim=1)).all())
 
 
 def test_the_dilemma_branches_along_the_diagonal():
     step = sgd_map(small_ipd(), 1.0)
-    method = LyapunovBranches(max_steps=300, ascent_steps=12)
+    method = LyapunovBranches(max_steps=300, ascent_steps=12, sizes=(0.5, 1.0, 2.0), from_start=False)
     found = ridge_rider(step, torch.tensor([0.6, 0.5]), method, max_depth=1)
     (here,) = found.bifurcations
     close(here.state.tolist(), [0.93, 0.92], 0.03)
@@ -82,14 +114,39 @@ def test_the_dilemma_branches_along_the_diagonal():
     assert len(found.solutions) == 2
 
 
+def test_branches_leave_the_end_of_the_ascent_and_the_start():
+    step = sgd_map(small_ipd(), 1.0)
+    begin = torch.tensor([[0.6, 0.5], [0.0, 1.0]], dtype=F64)
+    found = ridge_rider(step, begin, LyapunovBranches(max_steps=1, ascent_steps=3, sizes=(1.0,)), max_depth=1)
+    top, start, _, other = found.bifurcations
+    assert [b.start for b in found.bifurcations] == [0, 0, 1, 1]
+    close(start.state.tolist(), [0.6, 0.5], 0)
+    close(other.state.tolist(), [0.0, 1.0], 0)
+    climbed = max_lyapunov_start(step, begin[:1], num_steps=10, max_steps=3)
+    close(top.state.tolist(), climbed.start[0].tolist(), 1e-12)
+    for here in (top, start):
+        there = max_lyapunov_exponent(step, here.state[None], num_steps=10)
+        close(here.values[0].real, there.exponent.item(), 1e-12)
+        close(found.children(here.id)[0].begin.tolist(), (here.state + there.direction[0]).tolist(), 1e-12)
+    still = ridge_rider(step, begin, LyapunovBranches(max_steps=1, ascent_steps=0), max_depth=1)
+    assert len(still.bifurcations) == 2
+
+
 def test_both_attractors_of_the_mixed_game():
+    """The spiral's basin is a small ellipse. Of 320 starts 83 % find both, along two directions."""
     step = extragradient_map(mix(0.25, batch=1), 1.0)
-    method = LyapunovBranches(max_steps=900, ascent_steps=20)
-    found = ridge_rider(step, starts()[2], method, max_depth=1)
-    close(losses_of(found.solutions), [(1.0, 0.5), (1.403, 1.373)], 1e-2)
-    spiral = max(found.solutions, key=lambda solution: solution.losses)
-    close(spiral.state.tolist(), [0.115, -0.237], 0.1)
-    assert len(found.found_from(0)) == 2
+    method = LyapunovBranches(max_steps=800, ascent_steps=3, num_directions=2)
+    found = ridge_rider(step, starts(24), method, max_depth=1)
+    both = [
+        all(any(math.dist(s.losses, a) < 0.05 for s in found.found_from(i)) for a in ((1.0, 0.5), (1.403, 1.373)))
+        for i in range(24)
+    ]
+    assert sum(both) >= 0.6 * 24
+    spiral = min(found.solutions, key=lambda solution: float(solution.state.norm())).state
+    with torch.no_grad():
+        for _ in range(800):
+            spiral = step(spiral)
+    close(spiral.tolist(), [0.115, -0.237], 0.05)
 
 
 @pytest.mark.parametrize("ride", [None, extragradient_map])
@@ -131,7 +188,7 @@ def test_rides_with_any_function_of_states():
     def step(x):
         return x + 0.1 * (x - x**3)
 
-    method = LyapunovBranches(max_steps=300, sizes=(0.5,), ascent_steps=12, tolerance=1e-10)
+    method = LyapunovBranches(max_steps=300, sizes=(0.5,), from_start=False, ascent_steps=12, tolerance=1e-10)
     found = ridge_rider(step, torch.tensor([[0.9], [math.nan]], dtype=F64), method, losses=lambda x: x[:, 0] ** 2)
     close(found.bifurcations[0].state.item(), 0.0, 0.1)
     assert found.bifurcations[1].status is BranchStatus.non_finite
@@ -200,7 +257,7 @@ def wells(w):
 
 @pytest.mark.parametrize(("order", "dtype"), [("breadth", F64), ("depth", F64), ("breadth", torch.float32)])
 def test_ridges_branch_again_where_curvature_is_left(order, dtype):
-    method = EigenRidges(step=0.05, finish=0.2)
+    method = EigenRidges(step=0.1, finish=0.2)
     found = ridge_rider(wells, torch.zeros(3, dtype=dtype), method, order=order)
     assert found.solutions[0].state.dtype == dtype
     assert len(found.solutions) == 8
@@ -301,8 +358,8 @@ def test_a_complex_pair_is_ridden_in_its_plane():
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
 def test_products_alone_find_what_matrices_find(dtype):
-    """80 parameters, of which two have negative curvature."""
-    size = 80
+    """66 parameters, of which two have negative curvature."""
+    size = 66
     axes = torch.linalg.qr(torch.randn(size, size, dtype=F64, generator=generator(1)))[0].to(dtype)
 
     def loss(w):
@@ -314,7 +371,7 @@ def test_products_alone_find_what_matrices_find(dtype):
         )
 
     method = EigenRidges(
-        step=0.05, num_directions=2, min_curvature=1e-4, finish=0.2, finish_steps=200, min_overlap=0.8, num_products=8
+        step=0.1, num_directions=2, min_curvature=1e-4, finish=0.2, finish_steps=120, min_overlap=0.8, num_products=8
     )
     found = ridge_rider(loss, torch.zeros(size, dtype=dtype), method, max_depth=2)
     assert len(found.solutions) == 4
@@ -386,17 +443,39 @@ def interrupted(problem, start, method, path, every, **options):
 
 @pytest.mark.parametrize("order", ["breadth", "depth"])
 def test_an_interrupted_ride_comes_to_the_same_numbers(order, tmp_path):
-    problem = (wells, torch.zeros(2, dtype=F64), EigenRidges(step=0.05, finish=0.2))
+    problem = (wells, torch.zeros(2, dtype=F64), EigenRidges(step=0.1, finish=0.2))
     whole = ridge_rider(*problem, order=order)
     same(interrupted(*problem, tmp_path / "ride.pt", 17, order=order), whole)
 
 
 def test_an_interrupted_search_by_exponents_comes_to_the_same_numbers(tmp_path):
     step = momentum_map(small_ipd(batch=1), 5.0, 0.5)
-    problem = (step, starts(2), LyapunovBranches(max_steps=40, ascent_steps=1, sizes=(0.5, 1.0)))
+    problem = (step, starts(2), LyapunovBranches(max_steps=40, ascent_steps=5, sizes=(0.5, 1.0), from_start=False))
     whole = ridge_rider(*problem, max_depth=2, distance=0.3, batch_size=5)
     assert max(b.depth for b in whole.branches) == 2
-    same(interrupted(*problem, tmp_path / "ride.pt", 13, max_depth=2, distance=0.3, batch_size=5), whole)
+    same(interrupted(*problem, tmp_path / "ride.pt", 4, max_depth=2, distance=0.3, batch_size=5), whole)
+
+
+def test_an_ascent_that_was_stopped_is_none_of_another_search():
+    """Stopped amid the ascents from solutions, of which a smaller depth has none."""
+    step = sgd_map(small_ipd(batch=1), 5.0)
+    method = LyapunovBranches(max_steps=30, ascent_steps=5, sizes=(2.0,), from_start=False)
+    asked = iter(range(10**6))
+    stop_at = 6 + 30 + 3  # an ascent, the rides of a generation, half an ascent
+    found = ridge_rider(step, starts(1), method, should_stop=lambda: next(asked) == stop_at)
+    assert (len(found.bifurcations), found.complete, found.num_steps) == (1, False, 60)
+    shallow = ridge_rider(step, None, method, archive=found, max_depth=1)
+    assert (len(shallow.bifurcations), shallow.complete, shallow.num_steps) == (1, True, 60)
+    same(shallow, ridge_rider(step, starts(1), method, max_depth=1))
+
+
+def test_directions_that_do_not_converge_are_told_of_once():
+    crowded = torch.linalg.qr(torch.randn(400, 400, dtype=F64, generator=generator(0)))[0]
+    crowded = crowded * torch.linspace(1.0, 0.99, 400, dtype=F64)
+    method = LyapunovBranches(max_steps=1, horizon=1, ascent_steps=1, sizes=(1.0,))
+    with pytest.warns(RuntimeWarning, match="ridge_rider: the leading directions must converge") as told:
+        ridge_rider(lambda x: torch.sin(x @ crowded.T), torch.ones(400, dtype=F64), method, max_depth=1)
+    assert len(told) == 1
 
 
 def test_what_a_callback_raises_leaves_the_archive_whole():
@@ -425,7 +504,7 @@ def test_limits_are_kept_and_can_be_raised():
 
 def test_a_batch_is_what_its_branches_are_alone():
     step = sgd_map(small_ipd(batch=1), 5.0)
-    method = LyapunovBranches(max_steps=50, ascent_steps=1)
+    method = LyapunovBranches(max_steps=50, ascent_steps=1, sizes=(0.5, 1.0, 2.0), from_start=False)
     found = [ridge_rider(step, starts(3), method, max_depth=1, batch_size=size) for size in (None, 4)]
     for a, b in zip(*[f.branches for f in found], strict=True):
         torch.testing.assert_close(a.end, b.end, rtol=1e-12, atol=1e-12)

@@ -92,7 +92,7 @@ def test_a_weight_and_its_bias_share_a_gram_matrix():
         gradients, rows = outer(1, *size)
         bias = gradients.left.sum(1).flatten(1)
         gram = torch.zeros(len(rows), len(rows), dtype=F64)
-        OuterRows(gradients, rows.shape[1:]).add_gram_with_sum(gram)
+        OuterRows(gradients, rows.shape[1:]).add_gram_with_bias(gram)
         close(gram, rows.flatten(1) @ rows.flatten(1).T + bias @ bias.T)
 
 

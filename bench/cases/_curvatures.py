@@ -88,6 +88,14 @@ def refused(kind: str, problem: Problem, route: str | None) -> str | None:
     return None
 
 
+def route_for(kind: str, problem: Problem, num_terms: int) -> str | None:
+    """The route that our operator takes of its own for so many terms."""
+    if not takes_route(kind):
+        return None
+    route: str = operator(kind, problem).plan(num_terms).route
+    return route
+
+
 def operator(kind: str, problem: Problem, route: str | None = None, params: Params | None = None) -> Any:
     """Our operator on the inner batch; ``route`` None leaves the choice to it."""
     chosen: dict[str, Any] = {} if route is None else {"route": route}

@@ -79,7 +79,8 @@ def _build(kind: str, name: str, num_terms: int, setting: Setting) -> Field:
     fewer = _fewer(num_terms)
     if fewer is not None:
         terms = min(fewer, most - 1) if setting.quick else fewer
-        contestants.append(sums.contestant(ours, YARDSTICK, terms, _with_terms(kind, fewer)))
+        same_route = _curvatures.ours(kind, _curvatures.route_for(kind, problem, sums.num_terms))
+        contestants.append(sums.contestant(same_route, YARDSTICK, terms, _with_terms(kind, fewer)))
     contestants.append(problem.training_pass())
     v = sums.v
     return Field(contestants, len(v), sum(t.numel() for t in v), _inputs.num_bytes(v), left_out)
@@ -106,7 +107,7 @@ def _build_terms(kind: str, route: str, name: str, setting: Setting) -> Field:
 
 
 def _fewer(num_terms: int) -> int | None:
-    """With how many terms ours runs once more, to see what more of them cost."""
+    """With how many terms ours runs once more, by the route of all terms, to see what more of them cost."""
     return num_terms // 5 if num_terms >= 20 else None
 
 

@@ -7,11 +7,13 @@ without forming one. So a sum of K terms costs two passes through the layers, wh
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
 from .. import _lists, _ops, _reference
-from .._low_rank import LowRank
+from .._low_rank import LowRank, RowBlock
 from .._types import TensorList
 from ._example_rows import OuterRows, block_of
 from ._examples import Examples, example_gradients
@@ -44,8 +46,10 @@ class DualSpace:
                 continue
             weight, bias = (node.slots[i] for i in node.weight_and_bias)
             both = 0 <= weight < tape.num_params and 0 <= bias < tape.num_params
-            if both and len(found[weight]) == 1 and len(found[bias]) == 1:
+            block = blocks[weight] if both and len(found[weight]) == len(found[bias]) == 1 else None
+            if isinstance(block, OuterRows) and block.takes_bias:
                 self._bias_of[weight] = bias
+        self._along = set(self._bias_of.values())
         self._grams: dict[torch.dtype, Tensor] = {}
         self._factor: tuple[float, Tensor] | None = None
         self._signed: bool | None = None
@@ -65,24 +69,24 @@ class DualSpace:
             gram = self._gram(dtype)
             alpha = alpha.detach().to(gram.device, self._wide).reshape(())
             rows = [t.unsqueeze(0).to(_reference.opmath(t.dtype)) for t in v]
-            projections = self._low_rank.project(rows)[0]
+            projections = self._projected(rows)[0]
             sq_norms = projections.new_zeros(num_terms + 1)
             sq_norms[0] = _square(rows, projections)
             c = torch.zeros_like(projections)
             _ops.dual_series_(c, sq_norms, gram, self._low_rank.weights, projections, alpha, damping=damping)
-            q = 1 - alpha * damping
-            powers = q ** torch.arange(num_terms + 1, dtype=self._wide, device=gram.device)
-            along, c = alpha * powers.sum(), (alpha * c).unsqueeze(0)
+            along = alpha * self._sum_of_powers(1 - alpha * damping, num_terms) if damping else alpha * (num_terms + 1)
+            c = (alpha * c).unsqueeze(0)
             local: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
-            result = []
-            for block, row, t in zip(self._low_rank.blocks, rows, v, strict=True):
-                key = row.device, row.dtype
+            result = list(v)
+            for block, places in self._parts():
+                key = rows[places[0]].device, rows[places[0]].dtype
                 if key not in local:
                     local[key] = along.to(*key), c.to(*key)
                 factor, coefficients = local[key]
-                onto = torch.mul(row.contiguous(), factor)
-                block.add_lifted(coefficients, onto)
-                result.append(onto[0].to(t.dtype))
+                onto = [torch.mul(rows[i].contiguous(), factor) for i in places]
+                block.add_lifted(coefficients, *onto)
+                for i, row in zip(places, onto, strict=True):
+                    result[i] = row[0].to(v[i].dtype)
             return result, sq_norms
 
     def inverse(self, v: TensorList, damping: float) -> TensorList:
@@ -92,7 +96,7 @@ class DualSpace:
         """
         with self._recording.reading():
             wide = [t.to(_lists.scalar_dtype(t.device)) for t in v]
-            y = self._solved(self._low_rank.project(wide), damping)
+            y = self._solved(self._projected(wide), damping)
             del wide
             result = []
             for block, t in zip(self._low_rank.blocks, v, strict=True):
@@ -126,29 +130,51 @@ class DualSpace:
             trace = (weights * gram.diagonal()).sum()
             return torch.minimum(bound.to(trace), trace)
 
+    def _sum_of_powers(self, q: Tensor, last: int) -> Tensor:
+        """1 + q + ... + q^last."""
+        return (q ** torch.arange(last + 1, dtype=self._wide, device=q.device)).sum()
+
+    def _parts(self) -> Iterator[tuple[RowBlock, list[int]]]:
+        """The rows of each param, and its position; a bias goes along with its weight, behind which its position is."""
+        for i, block in enumerate(self._low_rank.blocks):
+            if i not in self._along:
+                yield block, [i, self._bias_of[i]] if i in self._bias_of else [i]
+
     def _gram(self, dtype: torch.dtype) -> Tensor:
         """R R', kept."""
         if dtype not in self._grams:
-            blocks, home = self._low_rank.blocks, self._low_rank.weights.device
-            gram = torch.zeros((self._count, self._count), dtype=dtype, device=home)
-            with_bias: dict[int, OuterRows] = {}
-            for i in self._bias_of:
-                weight = blocks[i]
-                if isinstance(weight, OuterRows) and weight.gram_goes_by_products:
-                    with_bias[i] = weight
-            left_out = {self._bias_of[i] for i in with_bias}
-            for i, block in enumerate(blocks):
-                if i in left_out:
-                    continue
-                part = gram if block.device == home else torch.zeros_like(gram, device=block.device)
-                if i in with_bias:
-                    with_bias[i].add_gram_with_sum(part)
-                else:
-                    block.add_gram(part)
-                if part is not gram:
-                    gram += part.to(home)
-            self._grams[dtype] = gram
+            shape = self._count, self._count
+            self._grams[dtype] = self._summed(shape, dtype, self._add_gram)
         return self._grams[dtype]
+
+    def _add_gram(self, block: RowBlock, places: list[int], gram: Tensor) -> None:
+        if len(places) > 1 and isinstance(block, OuterRows) and block.gram_goes_by_products:
+            block.add_gram_with_bias(gram)
+            return
+        for i in places:
+            self._low_rank.blocks[i].add_gram(gram)
+
+    def _projected(self, v: TensorList) -> Tensor:
+        """R v for k lists, [k, N], as :meth:`~nestopt_ext._low_rank.LowRank.project`."""
+        shape = len(v[0]), self._count
+        return self._summed(
+            shape,
+            self._wide,
+            lambda block, places, part: block.add_projected(v[places[0]], part, *[v[i] for i in places[1:]]),
+        )
+
+    def _summed(
+        self, shape: tuple[int, int], dtype: torch.dtype, add: Callable[[RowBlock, list[int], Tensor], None]
+    ) -> Tensor:
+        """The sum over all params of what ``add`` adds, each where the param lives."""
+        home = self._low_rank.weights.device
+        total = torch.zeros(shape, dtype=dtype, device=home)
+        for block, places in self._parts():
+            part = total if block.device == home else torch.zeros_like(total, device=block.device)
+            add(block, places, part)
+            if part is not total:
+                total += part.to(home)
+        return total
 
     def _has_negative_weights(self) -> bool:
         """Looked at once."""

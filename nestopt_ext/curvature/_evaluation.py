@@ -199,11 +199,13 @@ class _GeneratorRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        generator = kwargs.get("generator")
+        self._note_generator(kwargs.get("generator"))
+        return func(*args, **kwargs)
+
+    def _note_generator(self, generator: Any) -> None:
         new = isinstance(generator, torch.Generator) and all(generator is not known for known, _ in self.generators)
         if new and (generator.device.type != "cuda" or not _capturing()):
             self.generators.append((generator, generator.get_state()))
-        return func(*args, **kwargs)
 
     def undo(self) -> None:
         """Nothing but the generators is recorded, and their states are put back by whoever asked for them."""
@@ -224,14 +226,16 @@ class _Recorder(_GeneratorRecorder):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for tensor in _tensors((*args, *kwargs.values())):
+        for tensor in _tensors((*args, *kwargs.values()) if kwargs else args):
             storage = _storage(tensor)
             if storage is not None and storage not in self._newer:
                 self._older.add(storage)
         for position, name in _written_arguments(func):
             for tensor in _tensors((args[position] if position < len(args) else kwargs.get(name),)):
                 self._keep(tensor)
-        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if kwargs:
+            self._note_generator(kwargs.get("generator"))
+        result = func(*args, **kwargs)
         for tensor in _tensors((result,)):
             storage = _storage(tensor)
             if storage is not None and storage not in self._older:

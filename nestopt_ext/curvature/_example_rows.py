@@ -17,18 +17,23 @@ from ._tape import OuterProducts, Picked, Rows
 class OuterRows(RowBlock):
     """Rows that are sums over T positions of outer products: m B of them, for m cotangents of B examples.
 
-    ``left`` is [m B, T, G, O], with row j B + b of cotangent j and example b; ``right`` is [B, T, G, I], the same for
-    all cotangents. The tensor has G O I elements in that order.
+    The left factors are [m B, T, G, O], with row j B + b of cotangent j and example b; the right ones [B, T, G, I], the
+    same for all cotangents. The tensor has G O I elements in that order.
+
+    Where there is one group, the rows of a bias, which are the left factors summed over positions, may go along: those
+    of a weight with one more feature, which is 1.
     """
 
     def __init__(self, gradients: OuterProducts, shape: torch.Size) -> None:
-        left = gradients.left
+        left, right = gradients.left, gradients.right
         super().__init__(len(left), shape, left.device)
-        self.left, self.right = left, gradients.right
-        self._batch, self._positions, self._groups, self._in = self.right.shape
+        self._batch, self._positions, self._groups, self._in = right.shape
         self.unit = max(1, self._in)
         self._out = left.shape[3]
         self._copies = len(left) // max(1, self._batch)
+        # Of each group, with a row for each position: views, unless a batch does not come first in memory.
+        self._left = left.flatten(0, 1).unbind(1)
+        self._right = right.flatten(0, 1).unbind(1)
 
     def columns(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Formed for the output units that the range touches."""
@@ -37,9 +42,9 @@ class OuterRows(RowBlock):
         parts = []
         for g in range(first // self._out, -(-last // self._out)):
             a, b = max(first - g * self._out, 0), min(last - g * self._out, self._out)
-            left = self.left[:, :, g, a:b].to(dtype)
-            right = self.right[:, :, g].to(dtype)
+            left = _in_dtype(self._left[g][:, a:b], dtype)
             left = left.reshape(self._copies, self._batch, self._positions, b - a)
+            right = _in_dtype(self._right[g], dtype).view(self._batch, self._positions, self._in)
             rows = left.transpose(2, 3) @ right if self._positions > 1 else left.transpose(2, 3) * right
             parts.append(rows.reshape(self.count, -1))
         rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -49,27 +54,30 @@ class OuterRows(RowBlock):
         """By the products of the two Gram matrices of each group of units, or by the gradients, formed a piece at a
         time: whichever is cheaper; the gradients where each element has a scale of its own.
         """
-        if (isinstance(scale, Tensor) and scale.dim()) or not products_are_cheaper(
-            self.count, self._batch, self._positions, self._out, self._in
-        ):
+        if (isinstance(scale, Tensor) and scale.dim()) or not self.gram_goes_by_products:
             super().add_gram(gram, scale)
             return
         for g in range(self._groups):
             self._add_products(gram, g, scale)
 
-    def add_gram_with_sum(self, gram: Tensor) -> None:
-        """The same with the Gram matrix of the left factors, summed over positions, added: of a weight and its bias."""
+    def add_gram_with_bias(self, gram: Tensor) -> None:
+        """The same of a weight and its bias, by products."""
         self._add_products(gram, 0, None, ones=True)
 
     @property
+    def takes_bias(self) -> bool:
+        """Whether the rows of a bias may go along."""
+        return self._groups == 1
+
+    @property
     def gram_goes_by_products(self) -> bool:
-        """Whether :meth:`add_gram_with_sum` is the way."""
-        return self._groups == 1 and products_are_cheaper(self.count, self._batch, self._positions, self._out, self._in)
+        """Whether the products of two Gram matrices are cheaper than gradients."""
+        return products_are_cheaper(self.count, self._batch, self._positions, self._out, self._in)
 
     def _add_products(self, gram: Tensor, g: int, scale: Scale, ones: bool = False) -> None:
-        dtype = torch.float64 if gram.dtype == torch.float64 else self.left.dtype  # the op itself widens 16 bits
-        x = self.left[:, :, g].reshape(-1, self._out).to(dtype)
-        y = self.right[:, :, g].reshape(-1, self._in).to(dtype)
+        x, y = self._left[g], self._right[g]
+        if gram.dtype == torch.float64:  # the op itself widens 16 bits
+            x, y = _in_dtype(x, gram.dtype), _in_dtype(y, gram.dtype)
         if scale is None:
             _ops.hadamard_gram_(gram, x, y, positions=self._positions, ones=ones)
             return
@@ -77,14 +85,18 @@ class OuterRows(RowBlock):
         _ops.hadamard_gram_(part, x, y, positions=self._positions)
         gram.add_(part.mul_(scale))
 
-    def add_projected(self, v: Tensor, onto: Tensor) -> None:
-        """By one matrix product of the features with v, and the inner products of that with the left factors."""
+    def add_projected(self, v: Tensor, onto: Tensor, bias: Tensor | None = None) -> None:
+        """By one matrix product of the features with v, and the inner products of that with the left factors.
+
+        With ``bias``, [k, O], for a weight and its bias.
+        """
         k, dtype = len(v), v.dtype
-        v = v.reshape(k, self._groups, self._out, self._in)
         for g in range(self._groups):
-            features = self.right[:, :, g].reshape(-1, self._in).to(dtype)
-            left = self.left[:, :, g].reshape(self.count, -1).to(dtype)
-            z = features @ v[:, g].reshape(k * self._out, self._in).T
+            features = _in_dtype(self._right[g], dtype)
+            left = _in_dtype(self._left[g], dtype).reshape(self.count, -1)
+            part = v if self._groups == 1 else v.reshape(k, self._groups, -1)[:, g]
+            part = part.reshape(k * self._out, self._in).T
+            z = torch.mm(features, part) if bias is None else torch.addmm(bias.reshape(-1), features, part)
             if k == 1:
                 _ops.row_dot_(onto[0], left, z.view(self._batch, -1))
                 continue
@@ -92,20 +104,24 @@ class OuterRows(RowBlock):
             left = left.reshape(self._copies, self._batch, -1).permute(1, 2, 0)
             onto += (z @ left).permute(1, 2, 0).reshape(k, self.count)
 
-    def add_lifted(self, c: Tensor, onto: Tensor) -> None:
-        """By the sum of the left factors over cotangents first, then one matrix product with the features."""
+    def add_lifted(self, c: Tensor, onto: Tensor, bias: Tensor | None = None) -> None:
+        """By the sum of the left factors over cotangents first, then one matrix product with the features.
+
+        With ``bias``, [k, O], contiguous, for a weight and its bias.
+        """
         k, dtype = len(c), onto.dtype
-        c = c.to(dtype).view(k, self._copies, self._batch)
-        target = onto.view(k, self._groups, self._out, self._in)
+        c = _in_dtype(c, dtype).view(k, self._copies, self._batch)
         for g in range(self._groups):
-            left = self.left[:, :, g].to(dtype).reshape(self._copies, self._batch, -1)
+            left = _in_dtype(self._left[g], dtype).reshape(self._copies, self._batch, -1)
             combined = _combined(c, left).reshape(k, self._batch * self._positions, self._out)
-            features = self.right[:, :, g].reshape(-1, self._in).to(dtype)
+            features = _in_dtype(self._right[g], dtype)
             if self._groups == 1:
                 flat = combined.transpose(1, 2).reshape(k * self._out, -1) if k > 1 else combined[0].T
-                target.view(k * self._out, self._in).addmm_(flat, features)
+                onto.view(k * self._out, self._in).addmm_(flat, features)
             else:
-                target[:, g] += combined.transpose(1, 2) @ features
+                onto.view(k, self._groups, self._out, self._in)[:, g] += combined.transpose(1, 2) @ features
+            if bias is not None:
+                bias += combined.sum(1)
 
 
 class PickedRows(RowBlock):
@@ -261,6 +277,11 @@ def gram_macs(rows: int, batch: int, positions: int, out: int, features: int) ->
     products = 0.5 * (at_positions * (out + 100) + float(batch * positions) ** 2 * features)
     formed = float(rows) * positions * out * features + float(rows) ** 2 * out * features
     return products, formed
+
+
+def _in_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor itself where that is its dtype: small models spend their time on calls."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def _combined(c: Tensor, left: Tensor) -> Tensor:

@@ -133,6 +133,8 @@ def _carried(node: Node, operands: Sequence[int], cotangent: Tensor) -> list[Ten
 
 def _of_layer(node: Node, i: int, cotangent: Tensor, examples: Examples) -> Gradients:
     dims = examples.of(node)
+    if len(cotangent) == 1:
+        return node.example_gradients(i, cotangent[0], dims, examples.batch)
     made: list[Gradients] = []
 
     def one(u: Tensor) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ from .. import _lists
 from .._types import Loss, TensorList
 from ._evaluation import evaluate
 from ._replay import Replay
+from ._series import sum_by_products
 from ._vjp import backward, vjp, vjps
 
 _ELEMENTARY = "Write that operation with elementary ones, or use a curvature that needs first derivatives only."
@@ -228,11 +229,11 @@ def _nodes(roots: Sequence[Node | None]) -> set[Node]:
     """All nodes of the graphs of ``roots``."""
     seen = {root for root in roots if root is not None}
     waiting = list(seen)
-    while waiting:
-        for node, _ in waiting.pop().next_functions:
-            if node is not None and node not in seen:
-                seen.add(node)
-                waiting.append(node)
+    for node in waiting:  # which grows meanwhile
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
     return seen
 
 
@@ -310,6 +311,25 @@ class Gradient:
             self._wrong_nodes.refuse(self._params)
             return self._replay(v)
 
+    def neumann_sum(
+        self, v: TensorList, num_terms: int, alpha: Tensor, damping: float
+    ) -> tuple[TensorList, Tensor] | None:
+        """Alpha sum_j (I - alpha (H + damping I))^j v over j = 0 .. num_terms, and the squared norms of the terms.
+
+        None where the params are on several devices, or of 16 bits.
+        """
+        if len({p.device for p in self._params}) > 1 or any(p.dtype.itemsize == 2 for p in self._params):
+            return None
+        self._replay.expect(num_terms)
+        with self._evaluation.differentiating(), self._faults, torch.no_grad():
+            self._wrong_nodes.refuse(self._params)
+            found = self._replay.neumann_sum(v, num_terms, alpha, damping)
+            if found is None:
+                term = [t.clone() for t in v]
+                product = functools.partial(_read_product, self._grads, self._live, self._params, term)
+                found = sum_by_products(term, product, num_terms, alpha, damping)
+            return found
+
     def products(self, v: TensorList) -> TensorList:
         """The Hessian times k lists, [k, *shape] for each param."""
         if not self._live:
@@ -337,3 +357,11 @@ class Gradient:
 def _product(grads: TensorList, live: list[int], params: TensorList, v: TensorList) -> TensorList:
     """The product by autograd, with those gradients that have a derivative."""
     return vjp(grads, params, [v[i] for i in live]) if live else _lists.zeros_like(params)
+
+
+def _read_product(grads: TensorList, live: list[int], params: TensorList, v: TensorList) -> TensorList:
+    """The same product, to be read only: its tensors may share memory with each other, but not with ``v``."""
+    if not live:
+        return _lists.zeros_like(params)
+    found = backward(grads, params, [v[i] for i in live])
+    return _lists.unshare([torch.zeros_like(p) if f is None else f for f, p in zip(found, params, strict=True)], v)

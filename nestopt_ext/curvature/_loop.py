@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import _lists, _ops
 from .._types import TensorList
 from ._recording import Jacobian
+from ._series import multiply_
 from .loss_hessian import LossHessian
 
 
@@ -51,8 +52,3 @@ def _kept(step: Tensor, damping: float, diagonal: TensorList | None) -> TensorLi
     if damping == 0:
         return None
     return 1 - step * damping
-
-
-def multiply_(tensors: TensorList, number: Tensor) -> None:
-    """Scales a list in place; a number on the host is read there, which waits for no device."""
-    torch._foreach_mul_(tensors, number if number.device == tensors[0].device else float(number))

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .. import _lists, _ops
 from .._types import TensorList
-from ._loop import multiply_
 from ._recording import Recording
+from ._series import multiply_
 from ._tangent_kernel import TangentKernel
 from .loss_hessian import LossHessian
 

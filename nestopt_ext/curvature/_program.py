@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,9 @@ _DETACH = _aten.detach.default
 _MM = _aten.mm.default
 _MUL = _aten.mul.Tensor
 _MUL_NUMBER = _aten.mul.Scalar
+_LOG_SOFTMAX_BACKWARD = _aten._log_softmax_backward_data.default
 _NEG = _aten.neg.default
+_SUM = _aten.sum.dim_IntList
 _T = _aten.t.default
 
 # By identity, since hashing an operator takes longer than calling a small one.
@@ -47,7 +50,7 @@ _OUT: dict[int, Callable[..., Any]] = {
     id(_ADD): torch.add,
     id(_aten.sub.Tensor): torch.sub,
     id(_NEG): torch.neg,
-    id(_aten.sum.dim_IntList): torch.sum,
+    id(_SUM): torch.sum,
     id(_ADDCMUL): torch.addcmul,
 }
 
@@ -73,6 +76,9 @@ _IN_PLACE: dict[int, Any] = {
 _UNFIT = {torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 _MOST_CALLS = 4000
+
+_SEQUENCES = (list, tuple)
+_WITH_TENSORS = (Tensor, *_SEQUENCES)
 
 Step = tuple[Callable[..., Any], Sequence[Any], dict[str, Any]]
 Entry = tuple[Any, tuple[Any, ...], dict[str, Any], Any]
@@ -102,29 +108,30 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         self.log.append((func, args, kwargs, result))
         if isinstance(result, Tensor):
-            self._room -= result.numel() * result.element_size()
-        if self._room < 0 or len(self.log) > _MOST_CALLS or not _is_fit(func) or not _are_plain(types):
+            self._room -= result.nbytes
+        fit = id(func) in _fit or _is_fit(func)
+        if not fit or self._room < 0 or len(self.log) > _MOST_CALLS or (types and not _are_plain(types)):
             self.log.clear()  # what it holds may be large
             raise Unfit(str(func))  # here, since the rest of the product would be in vain
         return result
 
 
-_known: dict[int, tuple[bool, Any]] = {}
+#: The operators that were found to be fit, by identity.
+_fit: dict[int, Any] = {}
 
 
 def _is_fit(func: Any) -> bool:
     """Whether an operator depends on its arguments alone and changes none of them."""
-    known = _known.get(id(func))
-    if known is None:
-        fit = isinstance(func, torch._ops.OpOverload) and not (
-            (func._schema.is_mutable and id(func) not in _IN_PLACE) or _UNFIT & set(func.tags)
-        )
-        known = _known[id(func)] = fit, func
-    return known[0]
+    if not isinstance(func, torch._ops.OpOverload) or _UNFIT & set(func.tags):
+        return False
+    if func._schema.is_mutable and id(func) not in _IN_PLACE:
+        return False
+    _fit[id(func)] = func
+    return True
 
 
 def _are_plain(types: Sequence[type]) -> bool:
-    return not types or all(t is Tensor or t is torch.nn.Parameter for t in types)
+    return all(t is Tensor or t is torch.nn.Parameter for t in types)
 
 
 # ---- the recording as calls on values -------------------------------------------------------------------------------
@@ -181,10 +188,12 @@ def _parsed(log: Sequence[Entry], inputs: TensorList) -> tuple[list[_Call], dict
 
     for func, recorded, kwargs, result in log:
         given: list[_Value] = []
-        args = [_replaced(arg, values, made, older, given) for arg in recorded]
+        args = [
+            _replaced(arg, values, made, older, given) if isinstance(arg, _WITH_TENSORS) else arg for arg in recorded
+        ]
         if kwargs:
             kwargs = {key: _replaced(arg, values, made, older, given) for key, arg in kwargs.items()}
-        outs = result if isinstance(result, list | tuple) else [result]
+        outs = result if isinstance(result, _SEQUENCES) else (result,)
         if id(func) in _IN_PLACE:
             value = values.get(id(result))
             if value is None and not given and id(result) in made and not _is_read(result, calls):
@@ -226,7 +235,7 @@ def _replaced(
             return value
         if id(arg) not in made:
             older[id(arg)] = arg
-    elif isinstance(arg, list | tuple) and any(isinstance(part, Tensor) for part in arg):
+    elif isinstance(arg, _SEQUENCES) and any(isinstance(part, Tensor) for part in arg):
         return [_replaced(part, values, made, older, given) for part in arg]
     return arg
 
@@ -244,7 +253,7 @@ def _added_zero(args: Sequence[Any], value: _Value, result: Tensor, zeros: set[i
 
 
 def _new_value(tensor: Any, call: _Call, values: dict[int, _Value]) -> _Value:
-    plain = isinstance(tensor, Tensor) and tensor.device.type == "cpu" and tensor.layout == torch.strided
+    plain = isinstance(tensor, Tensor) and tensor.is_cpu and tensor.layout is torch.strided
     if not plain or id(tensor) in values:
         raise Unfit
     value = values[id(tensor)] = _Value(tensor, call)
@@ -262,10 +271,12 @@ def _live(calls: Sequence[_Call], results: Sequence[_Value | Tensor]) -> list[_C
             result.uses += 1
     kept: list[_Call] = []
     for call in reversed(calls):
-        if any(value is not None and value.uses for value in call.outs):
-            kept.append(call)
-            for value in call.given:
-                value.uses += 1
+        for out in call.outs:
+            if out is not None and out.uses:
+                kept.append(call)
+                for value in call.given:
+                    value.uses += 1
+                break
     return kept[::-1]
 
 
@@ -285,6 +296,8 @@ def _rewritten(calls: Sequence[_Call]) -> list[_Call]:
             func = call.func
             if func is _MUL or func is _MUL_NUMBER or func is _NEG or id(func) in _FACTORS:
                 _merge_factors(call, out)
+            elif func is _LOG_SOFTMAX_BACKWARD:
+                _write_out_log_softmax(call, out, done)
             elif func is _T:
                 _turn_product(call, done)
             elif func is _ADD and len(call.given) == 2 and not call.kwargs and len(call.args) == 2:
@@ -316,6 +329,21 @@ def _merge_factors(call: _Call, out: _Value) -> None:
         factor = inner * factor
     out.scale = x, factor
     call.func, call.args, call.kwargs, call.given = _MUL, (x, factor), {}, [x]
+
+
+def _write_out_log_softmax(call: _Call, out: _Value, before: list[_Call]) -> None:
+    """The gradient less the softmax times its sum: a sum and one elementwise call, the softmax a constant."""
+    g, output, dim, dtype = call.args
+    if len(call.given) != 1 or call.given[0] is not g or dtype is not out.like.dtype:
+        return
+    sum_call = _Call(_SUM, (g, [dim], True), {}, [g])
+    total = _Value(g.like.sum(dim, keepdim=True), sum_call)
+    total.uses = 1
+    sum_call.outs.append(total)
+    before.append(sum_call)
+    call.func, call.args, call.kwargs = _ADDCMUL, (g, output.exp(), total), {"value": -1}
+    call.given = [g, total]
+    g.uses += 1
 
 
 def _turn_product(call: _Call, before: list[_Call]) -> None:
@@ -403,6 +431,11 @@ class Program:
                 self._steps.append((_into, (buffers, call.func, args, kwargs), {}))
         self._results: list[Step] = [last.get(id(r)) or (torch.clone, (_memory(r),), {}) for r in results]
 
+    @property
+    def inputs(self) -> TensorList:
+        """The memory that a vector is put into for :meth:`run`."""
+        return self._inputs
+
     def __call__(self, vector: TensorList) -> TensorList:
         """The image of a vector, in new memory."""
         with torch.no_grad():
@@ -411,6 +444,29 @@ class Program:
             for function, args, kwargs in self._steps:
                 function(*args, **kwargs)
             return [function(*args, **kwargs) for function, args, kwargs in self._results]
+
+    def run(self) -> TensorList:
+        """The image of what :attr:`inputs` hold, in memory that the next run writes to; for no-grad mode."""
+        steps, images = self._in_place
+        for step in steps:
+            step()
+        return images
+
+    @functools.cached_property
+    def _in_place(self) -> tuple[list[Callable[[], Any]], TensorList]:
+        """The calls with results in memory that stays, and that memory."""
+        steps, images = list(self._steps), []
+        inputs = {t.untyped_storage()._cdata for t in self._inputs}
+        for function, args, kwargs in self._results:
+            image = args[0]
+            if function is not torch.clone:
+                image = function(*args, **kwargs)
+                steps.append((function, args, {**kwargs, "out": image}))
+            elif image.untyped_storage()._cdata in inputs:
+                image = image.clone()
+                steps.append((image.copy_, args, {}))
+            images.append(image)
+        return [functools.partial(function, *args, **kwargs) for function, args, kwargs in steps], images
 
     def holds(self) -> bool:
         """Whether no tensor from before the recording was changed since."""

@@ -16,16 +16,18 @@ are all products after a tensor that the graph saved was changed, which is for a
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from .._types import TensorList
 from ._program import Program, Recorder, compiled
+from ._series import sum_by_products
 
 #: A recording costs as much time as about this many products save.
-_WORTH = 10
+_WORTH = 8
 #: Above these sizes the arithmetic outweighs the bookkeeping, and the memory that stays would be felt.
 _MOST_BYTES = 8 * 2**20
 #: Between a replay and autograd there is rounding only, in units of eps of the whole vector.
@@ -53,21 +55,46 @@ class Replay:
     def __call__(self, v: TensorList) -> TensorList:
         """The product with ``v``, in new memory."""
         self._count += 1
-        wanted = self._open and (self._program is not None or self._pays())
-        if wanted and _plain_surroundings() and all(map(_replayable, v)) and self._busy.acquire(blocking=False):
-            # The program has one set of buffers: a second thread goes by autograd meanwhile.
-            try:
-                if self._program is None:
-                    self._program = _record(self._product, self._params)
-                    self._open = self._program is not None
-                if self._program is not None and self._program.holds():
-                    return self._program(v)
-            finally:
-                self._busy.release()
+        with self._recording(v) as program:
+            if program is not None:
+                return program(v)
         return self._product(v)
 
-    def _pays(self) -> bool:
-        return self._expected - self._count >= _WORTH or self._count > _WORTH
+    def neumann_sum(
+        self, v: TensorList, num_terms: int, alpha: Tensor, damping: float
+    ) -> tuple[TensorList, Tensor] | None:
+        """The Neumann sum with ``num_terms`` products, and the squared norms of its terms; None without a recording."""
+        with self._recording(v) as program:
+            if program is None:
+                return None
+            with torch.no_grad():
+                torch._foreach_copy_(program.inputs, v)
+                found = sum_by_products(program.inputs, program.run, num_terms, alpha, damping)
+            if not program.holds():  # another thread was at it, which is for autograd to refuse
+                return None
+            self._count += num_terms
+            return found
+
+    @contextmanager
+    def _recording(self, v: TensorList) -> Iterator[Program | None]:
+        """The recording, if it pays and can be used for ``v``, for this thread alone: it has one set of buffers."""
+        fit = self.pays() and _plain_surroundings() and all(map(_replayable, v))
+        if not (fit and self._busy.acquire(blocking=False)):
+            yield None
+            return
+        try:
+            if self._program is None:
+                self._program = _record(self._product, self._params)
+                self._open = self._program is not None
+            yield self._program if self._program is not None and self._program.holds() else None
+        finally:
+            self._busy.release()
+
+    def pays(self) -> bool:
+        """Whether there is a recording, or one is worth its time and not known to be impossible."""
+        if not self._open:
+            return False
+        return self._program is not None or self._expected - self._count >= _WORTH or self._count > _WORTH
 
 
 def _replayable(tensor: Tensor) -> bool:
@@ -82,6 +109,7 @@ def _plain_surroundings() -> bool:
         or torch.is_inference_mode_enabled()
         or torch.is_anomaly_enabled()
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
     )
 
 
@@ -94,7 +122,7 @@ def _record(product: Callable[[TensorList], TensorList], params: TensorList) -> 
     if not all(map(_replayable, params)) or _num_bytes(params) > _MOST_BYTES // 4:
         return None
     generator = torch.Generator().manual_seed(_SEED)
-    probe = [torch.randn(p.shape, dtype=p.dtype, generator=generator) for p in params]
+    probe = [torch.empty(p.shape, dtype=p.dtype, device="cpu").uniform_(-1, 1, generator=generator) for p in params]
     recorder = Recorder(_MOST_BYTES)
     try:
         with recorder:
@@ -108,9 +136,10 @@ def _record(product: Callable[[TensorList], TensorList], params: TensorList) -> 
 
 def _agree(program: Program, probe: TensorList, expected: TensorList) -> bool:
     """Whether the program gives for ``probe`` what was recorded, and zero for zero."""
-    for tensor in program([torch.zeros_like(p) for p in probe]):
-        if bool(tensor.any()):
-            return False
-    here, there = (torch.cat([t.reshape(-1) for t in side]) for side in (program(probe), expected))
+    torch._foreach_zero_(program.inputs)
+    if any(bool(t.any()) for t in program.run()):
+        return False
+    torch._foreach_copy_(program.inputs, probe)
+    here, there = (torch.cat([t.reshape(-1) for t in side]) for side in (program.run(), expected))
     eps = max(torch.finfo(p.dtype).eps for p in probe)
     return bool(torch.linalg.vector_norm(here - there) <= _ROUNDING * eps * torch.linalg.vector_norm(there))

@@ -73,7 +73,7 @@ class EmpiricalFisher(ModelCurvature):
             terms = self._terms(leaf, targets) if known is None else known.terms(leaf, targets)
             with named_faults("EmpiricalFisher", "criterion"):
                 # Each output is in one term, so the gradient of the sum holds those of all terms side by side.
-                (found,) = torch.autograd.grad(terms.sum(), leaf, allow_unused=True)
+                (found,) = torch.autograd.grad(terms, leaf, torch.ones_like(terms), allow_unused=True)
             return torch.zeros_like(leaf) if found is None else found.detach()
 
         if known is None:

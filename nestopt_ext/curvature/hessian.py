@@ -2,6 +2,8 @@
 
 from typing import Literal, TypeAlias
 
+from torch import Tensor
+
 from .. import _lists
 from .._types import Loss, SameTensors, TensorList, Tensors
 from ._forward import ForwardOverReverse
@@ -61,6 +63,14 @@ class Hessian(CurvatureOperator):
     def flat_product(self, v: TensorList) -> TensorList:
         """The product with a list like the params."""
         return self._gradient.product(v)
+
+    def flat_loop(
+        self, v: TensorList, num_terms: int, alpha: Tensor, damping: float, diagonal: TensorList | None = None
+    ) -> tuple[TensorList, Tensor] | None:
+        """The terms of a Neumann series, where products are replayed."""
+        if diagonal is not None or not isinstance(self._gradient, Gradient):
+            return None
+        return self._gradient.neumann_sum(v, num_terms, alpha, damping)
 
     def flat_products(self, v: TensorList) -> TensorList:
         """The product with k lists, in one pass through the graph where there is one."""

@@ -8,8 +8,9 @@ from .directions import cgd, consensus, lola, lookahead, sga, sos
 from .eigen_ridges import EigenRidges
 from .eigenspaces import Eigenspace, eigenspace, track
 from .jacobian import GameJacobian, game_jacobian, gradients
-from .lyapunov import LyapunovStart, MaxLyapunovExponent, lyapunov_exponents, max_lyapunov_exponent, max_lyapunov_start
+from .lyapunov import MaxLyapunovExponent, lyapunov_exponents, max_lyapunov_exponent
 from .lyapunov_branches import LyapunovBranches
+from .lyapunov_start import LyapunovStart, max_lyapunov_start
 from .map_jacobian import (
     Eigenpairs,
     MapJacobian,

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from .. import _lists
 from ._linearized import Step, check_state, check_step
-from ._rides import Direction, Expansion, Ride, Rider, has, moved_on, new_ride, on_their_way
+from ._rides import Direction, Expansion, Ride, Rider, Search, has, moved_on, new_ride, on_their_way
+from ._sweep import Sweep, warn_of_directions
 from .archive import Branch, BranchStatus
 from .eigenspaces import eigenspace
-from .lyapunov import _Sweep, lyapunov_exponents, max_lyapunov_start
 from .lyapunov_branches import LyapunovBranches
+from .lyapunov_start import Ascent
 from .map_jacobian import leading_eigenpairs, map_jacobian
 from .maps import OptimizerMap
 
@@ -36,6 +37,9 @@ class LyapunovRider(Rider):
         self._divergence = bound
         self.sizes = tuple(map(float, method.sizes))
         self.max_steps = method.max_steps
+        self.num_search_steps = method.ascent_steps + 1 if method.ascent_steps else 0
+        self._residual = 0.0  # of the directions searched last
+        self._ascent = Ascent(caller, step, method.horizon, method.ascent_lr, method.ascent_steps)
         self.key = "losses" if losses is not None or isinstance(self._ride, OptimizerMap) else "parameters"
 
     def start(self, start: Any) -> Tensor:
@@ -50,20 +54,36 @@ class LyapunovRider(Rider):
         check_state(self._caller, "start", states)
         return states.detach()
 
+    def search(self, states: Tensor) -> Search:
+        return {"from": states, **self._ascent.begin(states)}
+
+    def searched(self, search: Search) -> bool:
+        return not self._method.ascent_steps or self._ascent.done(search)
+
+    def search_on(self, search: Search) -> Search:
+        return {"from": search["from"], **self._ascent.advance(search)}
+
+    def found(self, search: Search) -> list[list[Expansion]]:
+        places = [search["start"]]
+        if self._method.from_start and self._method.ascent_steps:
+            places.append(search["from"])
+        found = self.expand(torch.cat(places))
+        residual = max(self._residual, search["residual"])
+        warn_of_directions(self._caller, residual, "Take a shorter horizon, or float64.")
+        return [found[row :: len(search["start"])] for row in range(len(search["start"]))]
+
     def expand(self, states: Tensor) -> list[Expansion]:
-        method = self._method
-        found = max_lyapunov_start(
-            self._step, states, num_steps=method.horizon, lr=method.ascent_lr, max_steps=method.ascent_steps
-        )
-        if method.directions == "eigenvectors":
-            return self._along_eigenvectors(found.start)
-        return self._along_exponents(found.start)
+        if self._method.directions == "eigenvectors":
+            return self._along_eigenvectors(states)
+        return self._along_exponents(states)
 
     def _along_exponents(self, states: Tensor) -> list[Expansion]:
-        count, horizon = min(self._method.num_directions, states.shape[1]), self._method.horizon
+        count = min(self._method.num_directions, states.shape[1])
         with torch.no_grad():
-            vectors = _Sweep(self._caller, self._step, states, horizon, False).leading_directions(count)
-            values = lyapunov_exponents(self._step, states, num_steps=horizon, num_exponents=count)
+            sweep = Sweep(self._caller, self._step, states, self._method.horizon)
+            vectors = sweep.leading_directions(count)
+            values = sweep.along(vectors)
+        self._residual = sweep.residual
         finite = vectors.isfinite().all(dim=2).all(dim=1) & ~values.isnan().any(dim=1)
         return [
             _expansion(state, bool(ok), [Direction(i, row[:, i], complex(value[i])) for i in range(count)])

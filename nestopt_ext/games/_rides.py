@@ -18,6 +18,9 @@ from .archive import Branch, BranchStatus
 #: A step makes a new one and leaves the old as it was.
 Ride: TypeAlias = dict[str, Any]
 
+#: The search for bifurcations from some states, plain data too, and the method's own; see :meth:`Rider.search`.
+Search: TypeAlias = dict[str, Any]
+
 STATUSES = tuple(BranchStatus)
 _CODES = {status: i for i, status in enumerate(STATUSES)}
 
@@ -63,7 +66,28 @@ class Rider(ABC):
 
     @abstractmethod
     def expand(self, states: Tensor) -> list[Expansion]:
-        """The bifurcation at, or found from, each of the states [N, S]."""
+        """The bifurcation at each of the states [N, S]."""
+
+    # A method that has to search for bifurcations does so step by step, so that it can be stopped.
+
+    #: Steps of one search at most, for a progress bar.
+    num_search_steps: int = 0
+
+    def search(self, states: Tensor) -> Search:
+        """The search from the states [N, S], not begun yet."""
+        return {"states": states}
+
+    def searched(self, search: Search) -> bool:
+        """Whether the search has come to its end."""
+        return True
+
+    def search_on(self, search: Search) -> Search:
+        """The search one step on."""
+        return search
+
+    def found(self, search: Search) -> list[list[Expansion]]:
+        """The bifurcations that the search has found from each of its states."""
+        return [[expansion] for expansion in self.expand(search["states"])]
 
     @abstractmethod
     def launch(self, branches: Sequence[Branch], origins: Tensor) -> Ride:

@@ -132,6 +132,7 @@ class Archive:
         self._pending: list[int] = []
         self._settings: dict[str, Any] = {}
         self._ride: dict[str, Any] | None = None  # the branches on their way, see _rides.Ride
+        self._search: dict[str, Any] | None = None  # for bifurcations, see _rides.Search
 
     def __repr__(self) -> str:
         return (
@@ -233,6 +234,7 @@ class Archive:
             "pending": list(self._pending),
             "settings": dict(self._settings),
             "ride": self._ride,
+            "search": self._search,
         }
         _checkpoint.save(Path(path), state)
 
@@ -252,6 +254,7 @@ class Archive:
             archive._pending = state["pending"]
             archive._settings = state["settings"]
             archive._ride = state["ride"]
+            archive._search = state["search"]
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise _checkpoint.CheckpointError(f"{path}: is not an archive of a ride: {error!r:.120}.") from error
         return archive

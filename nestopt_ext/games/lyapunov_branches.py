@@ -7,6 +7,7 @@ from typing import Literal
 
 from ..optim._arguments import check_real
 from ._linearized import Step, check_step
+from ._sweep import check_flag
 from .spectrum import _check_count
 
 _CALLER = "LyapunovBranches"
@@ -18,14 +19,18 @@ class LyapunovBranches:
 
     From each start x, gradient ascent on the largest ``horizon``-step exponent leads to a bifurcation w, as
     :func:`max_lyapunov_start` does with ``ascent_steps`` steps of length ``ascent_lr``; no gradient need vanish there.
-    Branches begin at :math:`w \pm \delta d` for every :math:`\delta` of ``sizes`` and every direction d, and are ridden
-    by F. Every end that is finite is a solution. The search is repeated from those unlike all before.
+    Branches begin at :math:`w \pm \delta d` for every :math:`\delta` of ``sizes`` and every direction d of w, and with
+    ``from_start`` at :math:`x \pm \delta d` along those of x. They are ridden by F. Every end that is finite is a
+    solution. The search is repeated from those unlike all before.
 
     Args:
         max_steps: steps of one ride.
         horizon: k, the steps over which exponents are taken.
-        sizes: lengths :math:`\delta` > 0 of the first step. The best start lies beside the border between basins, the
-            further the shorter the horizon, so that some are to be large.
+        sizes: lengths :math:`\delta` > 0 of the first step, in the units of the parameters. The exponent of few steps
+            says which way neighbours part, not how far the border between basins is: lengths that double find it at
+            any distance up to about the largest.
+        from_start: branch at the start as well. Exponents may rise toward infinity, where slow and fast motion lie side
+            by side and no border near; an ascent that has run there leaves what was near its start behind.
         num_directions: how many directions to branch along. A plane counts twice.
         directions: "lyapunov", the leading right singular vectors of the product of Jacobians along k steps, ranked by
             exponent. Or "eigenvectors", those of the Jacobian of F at w of the largest modulus, as far as it exceeds 1;
@@ -36,14 +41,21 @@ class LyapunovBranches:
             are handed over, and buffers begin at zero.
         tolerance: a ride has converged when a step is not longer than this. At 0 the state repeats itself.
 
+    The procedure of the source is ``sizes=(0.5, 1.0, 2.0), from_start=False``. On :func:`small_ipd` with starts from
+    N(0, 4 I) it finds both solutions from 58 % of 320 (descent with lr 1) and 71 % (lr 5); with the defaults 99 % both
+    times. In so few dimensions noise does nearly as well: as many displacements of the same lengths in random
+    directions find both from 97 %.
+
     Raises TypeError or ValueError for bad arguments.
 
-    Source: Lorraine et al., Lyapunov exponents for diversity in differentiable games (2022).
+    Source: Lorraine et al., Lyapunov exponents for diversity in differentiable games (2022); sizes that double, and
+    branches at the start, are ours.
     """
 
     max_steps: int = 1000
     horizon: int = 10
-    sizes: tuple[float, ...] = (0.5, 1.0, 2.0)
+    sizes: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
+    from_start: bool = True
     num_directions: int = 1
     directions: Literal["lyapunov", "eigenvectors"] = "lyapunov"
     ascent_steps: int = 150
@@ -59,6 +71,7 @@ class LyapunovBranches:
         check_real(_CALLER, "tolerance", self.tolerance, minimum=0.0)
         if self.ascent_lr <= 0:
             raise ValueError(f"{_CALLER}: ascent_lr must be > 0; got {self.ascent_lr}.")
+        check_flag(_CALLER, "from_start", self.from_start)
         if self.directions not in ("lyapunov", "eigenvectors"):
             raise ValueError(f"{_CALLER}: directions must be lyapunov or eigenvectors; got {self.directions!r}.")
         if self.ride is not None:

@@ -74,7 +74,8 @@ def ridge_rider(
         archive: one to go on with, which is modified: it takes up where it was left, in the middle of a ride too, and
             comes to the same numbers as if it had not been interrupted. Raise a limit to ride more. None for a new one.
         on_batch: called with the archive after each batch of branches, for example to save it.
-        should_stop: asked before every step; True ends the ride there. The archive is whole then and may be saved.
+        should_stop: asked before every step of a ride, and of an ascent that leads to bifurcations; True ends it there.
+            The archive is whole then and may be saved.
         progress: shows a bar where stderr is a terminal.
 
     Returns the :class:`Archive`; ``archive.complete`` says whether anything is left to be ridden. ``problem`` is not
@@ -137,6 +138,12 @@ def _rider(caller: str, problem: Any, start: Any, method: Any, losses: Any, dive
     raise TypeError(
         f"{caller}: method must be EigenRidges(...) or LyapunovBranches(...); got {_lists.value_name(method)}."
     )
+
+
+def _moved(part: dict[str, Any] | None, device: torch.device) -> dict[str, Any] | None:
+    if part is None:
+        return None
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in part.items()}
 
 
 def _settings(method: EigenRidges | LyapunovBranches) -> dict[str, Any]:
@@ -211,9 +218,7 @@ class _Search:
         if not torch.equal(states.cpu(), archive.starts):
             raise ValueError(f"{self._caller}: start must be that of the archive, or None; got other states.")
         self._like = states
-        if archive._ride is not None:
-            moved = {k: v.to(states.device) if isinstance(v, Tensor) else v for k, v in archive._ride.items()}
-            archive._ride = moved
+        archive._ride, archive._search = (_moved(part, states.device) for part in (archive._ride, archive._search))
 
     # ---- the search ----
 
@@ -224,14 +229,35 @@ class _Search:
         self._at_place = [b.id for b in known]
         if not archive.bifurcations:
             assert archive.starts is not None
-            starts = range(len(archive.starts))
-            self._commit(zip(starts, [None] * len(starts), self._rider.expand(self._like), strict=True))
-        while archive._ride is not None or self._launch():
-            if not self._ride_to_the_end():
+            found = self._searched(self._like, [])
+            if found is None:
                 return
-            self._arrive()
+            self._commit([(start, None, expansions) for start, expansions in enumerate(found)])
+        while archive._ride is not None or self._launch():
+            if not self._ride_to_the_end() or not self._arrive():
+                return
             if self._on_batch is not None:
                 self._on_batch(archive)
+
+    def _searched(self, states: Tensor, ids: list[int]) -> list[list[Expansion]] | None:
+        """The bifurcations found from each of the states, ends of the branches ``ids``; None where it was stopped."""
+        archive, rider = self.archive, self._rider
+        if archive._search is None or archive._search["ids"] != ids:  # limits may have been changed since
+            archive._search = {**rider.search(states), "ids": ids}
+        bar = ProgressBar(rider.num_search_steps, shown=self._progress)
+        bar.stage(f"bifurcations from {len(states)} states")
+        try:
+            while not rider.searched(archive._search):
+                if self._stopped():
+                    return None
+                archive._search = {**rider.search_on(archive._search), "ids": ids}
+                bar.advance(1)
+        finally:
+            bar.close()
+        return rider.found(archive._search)
+
+    def _stopped(self) -> bool:
+        return self._should_stop is not None and bool(self._should_stop())
 
     def _launch(self) -> bool:
         """Sends the next branches on their way; False where there are none, or no more may be."""
@@ -266,15 +292,15 @@ class _Search:
                     continue
                 if ridden + int(ride["steps"].sum()) + count > self._max_steps:
                     return False
-                if self._should_stop is not None and self._should_stop():
+                if self._stopped():
                     return False
                 archive._ride = ride = self._rider.advance(ride)
                 bar.advance(1)
         finally:
             bar.close()
 
-    def _arrive(self) -> None:
-        """Records the ends of a ride, and what is to be searched from them."""
+    def _arrive(self) -> bool:
+        """Records the ends of a ride, and the bifurcations found from them; False where the search was stopped."""
         archive, rider = self.archive, self._rider
         ride = archive._ride
         assert ride is not None
@@ -289,12 +315,16 @@ class _Search:
             and not branch.status.failed
             and (branch.id in new if rider.from_solutions else not solved[i])
         ]
-        expansions = rider.expand(rider.returned(ride["state"][onward])) if onward else []
+        states, ids = rider.returned(ride["state"][onward]), [ended[i].id for i in onward]
+        expansions = self._searched(states, ids) if onward else []
+        if expansions is None:
+            return False
         for branch, solution in zip(ended, solutions, strict=True):
             archive.branches[branch.id] = dataclasses.replace(branch, solution=solution)
         archive.solutions = found
         archive._ride = None
         self._commit([(ended[i].start, ended[i].id, e) for i, e in zip(onward, expansions, strict=True)])
+        return True
 
     def _ended(self, ride: Ride) -> list[Branch]:
         """The branches of a ride as they ended."""
@@ -358,16 +388,18 @@ class _Search:
         """Adds bifurcations, and the branches that leave new ones."""
         archive = self.archive
         pending: list[list[int]] = []
-        for start, parent, expansion in expansions:
-            here = self._bifurcation(start, parent, expansion)
-            archive.bifurcations.append(here)
-            if here.same_as is None:
-                branches = self._branches(here, expansion)
-                archive.branches += branches
-                pending.append([branch.id for branch in branches])
+        for start, parent, found in expansions:
+            for expansion in found:
+                here = self._bifurcation(start, parent, expansion)
+                archive.bifurcations.append(here)
+                if here.same_as is None:
+                    branches = self._branches(here, expansion)
+                    archive.branches += branches
+                    pending.append([branch.id for branch in branches])
         if self._depth_first:  # the last is ridden first: the leading direction of the first bifurcation
             pending = [ids[::-1] for ids in pending[::-1]]
         archive._pending = archive._pending + [i for ids in pending for i in ids]
+        archive._search = None
 
     def _bifurcation(self, start: int, parent: int | None, expansion: Expansion) -> Bifurcation:
         state = expansion.state.detach().cpu().clone()

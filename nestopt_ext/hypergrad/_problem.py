@@ -163,7 +163,7 @@ class InnerProblem:
             return Product(caller, self._curvature, self._variables.structure, v, name="curvature")
         if isinstance(self._equation, Gradient):
             self._equation.expect(getattr(self._solver, "num_terms", getattr(self._solver, "max_iters", 0)))
-        _, structure = _lists.flatten(caller, "params", v)
+        structure = self._variables.structure
         matrix = _Matrix(self._equation, self._variables.params, structure, self._group)
         return Product(caller, matrix, structure, v, name=self._matrix)
 
@@ -180,6 +180,13 @@ class _Matrix(LinearOperator):
 
     def flat_product(self, v: TensorList) -> TensorList:
         return self._averaged(self._equation.product(v))
+
+    def flat_loop(
+        self, v: TensorList, num_terms: int, alpha: Tensor, damping: float, diagonal: TensorList | None = None
+    ) -> tuple[TensorList, Tensor] | None:
+        if self._group is not None or diagonal is not None or not isinstance(self._equation, Gradient):
+            return None
+        return self._equation.neumann_sum(v, num_terms, alpha, damping)
 
     def flat_products(self, v: TensorList) -> TensorList:
         if isinstance(self._equation, Gradient):

@@ -69,11 +69,15 @@ def _status(norms: list[float], limit: float) -> Status:
     return Status.diverged if _grows(norms) else Status.max_terms
 
 
+#: Growth at rounding level does not count.
+_SLACK = 1 + 8 * torch.finfo(torch.float32).eps
+
+
 def _grows(norms: list[float]) -> bool:
-    """Whether the last term is above the first, or three in a row grew; growth at rounding level does not count."""
-    slack = 1 + 8 * torch.finfo(torch.float32).eps
-    growth = [b > a * slack for a, b in pairwise(norms)]
-    return norms != [] and (norms[-1] > norms[0] * slack or (len(growth) >= 3 and all(growth[-3:])))
+    """Whether the last term is above the first, or three in a row grew."""
+    if norms and norms[-1] > norms[0] * _SLACK:
+        return True
+    return len(norms) > 3 and all(b > a * _SLACK for a, b in pairwise(norms[-4:]))
 
 
 def _growth(norms: list[float]) -> str:

@@ -155,7 +155,10 @@ def series(
     if step is None:
         start = factor.start()
         step = factor.largest_step(start)
-    found = _by_operator(system, num_terms, step, damping, rtol > 0) if preconditioner is None else None
+    found = _in_closed_form(system, num_terms, step, damping) if preconditioner is None else None
+    is_bounded = found is None
+    if found is None and preconditioner is None and rtol == 0 and system.columns is None:
+        found = _by_steps(system, num_terms, step, damping)
     limit = None
     if found is None:
         start = factor.start() if start is None else start
@@ -173,7 +176,7 @@ def series(
     most_rounding = max(
         (torch.finfo(dtype).eps ** 0.5 for dtype in {t.dtype for t in system.product.like}), default=0.0
     )
-    return Outcome(value, evidence, factor.curvature(step), rtol, most_rounding, is_bounded=found is None)
+    return Outcome(value, evidence, factor.curvature(step), rtol, most_rounding, is_bounded=is_bounded)
 
 
 def _summed(
@@ -204,7 +207,8 @@ def _summed(
         del av
         used = j
     for part in parts:
-        torch._foreach_mul_(part.total, part.alpha)
+        for t in part.total:
+            t.mul_(part.alpha)
     return total, [part.sq_norms[: used + 1] for part in parts]
 
 
@@ -308,15 +312,18 @@ class _Preconditioned:
 _Factor: TypeAlias = _Plain | _Preconditioned
 
 
-def _by_operator(
-    system: System, num_terms: int, step: Tensor, damping: float, may_end: bool
+def _by_steps(system: System, num_terms: int, step: Tensor, damping: float) -> tuple[TensorList, TensorList] | None:
+    """The sum where the operator takes its steps itself."""
+    found = system.product.loop([t.detach() for t in system.v], num_terms, step, damping)
+    return None if found is None else (found[0], [found[1]])
+
+
+def _in_closed_form(
+    system: System, num_terms: int, step: Tensor, damping: float
 ) -> tuple[TensorList, TensorList] | None:
-    """The sum as the operator finds it, in closed form or, unless it may end early, by products of its own."""
+    """The sum where the operator has it in closed form."""
     if system.columns is None:
-        v = [t.detach() for t in system.v]
-        found = system.product.series(v, num_terms, step, damping)
-        if found is None and not may_end:
-            found = system.product.loop(v, num_terms, step, damping)
+        found = system.product.series([t.detach() for t in system.v], num_terms, step, damping)
         return None if found is None else (found[0], [found[1]])
     sums, histories = [], []
     for row in zip(*system.rows(), strict=True):

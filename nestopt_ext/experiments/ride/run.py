@@ -59,9 +59,10 @@ def make_study(config: RideConfig) -> Study:
 
 
 def num_pieces(config: RideConfig) -> int:
-    """Pieces of work that `ride` tells its progress of: steps of the ride, and of each rival."""
-    study = make_study(config.resolved())
-    return (config.resolved().steps or 0) + sum(rival.num_steps for rival in study.rivals)
+    """Pieces of work that `ride` tells its progress of: steps of the ascent, of the ride, and of each rival."""
+    config = config.resolved()
+    ascents = config.ascent_steps + 1 if config.ascent_steps else 0
+    return ascents + (config.steps or 0) + sum(rival.num_steps for rival in make_study(config).rivals)
 
 
 class _Run:
