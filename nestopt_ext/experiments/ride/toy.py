@@ -90,8 +90,6 @@ def toy_study(config: RideConfig) -> Study:
         max_steps=c.steps,
         horizon=c.exponent_steps,
         sizes=c.branch_sizes,
-        # As the source does; the figures of the room are of this.
-        from_start=False,
         num_directions=min(c.directions, step.num_parameters),
         ascent_steps=c.ascent_steps,
         ascent_lr=c.ascent_lr,
