@@ -113,6 +113,25 @@ def test_the_table_says_what_was_found(deep):
     assert lines[1].split()[-2:] == ["0+", "0+"]
 
 
+def test_the_table_says_why_branches_came_to_nothing(flat):
+    start = torch.zeros(2, dtype=F64)
+    assert Archive().table().splitlines()[1:] == ["nothing has been ridden yet"]
+    bowl = ridge_rider(lambda w: w.square().sum(dim=1), start, EigenRidges())
+    assert bowl.table().splitlines()[1:] == ["no branches: no start has a curvature below -1e-06, so no ridge"]
+    shallow = ridge_rider(wells, start, EigenRidges(step=0.05), max_depth=1)
+    least = min(branch.curvature[1] for branch in shallow.branches)
+    reason = f"a saddle, curvature down to {least:.2g}; raise max_depth or min_curvature"
+    assert shallow.table().splitlines()[1:] == [f"4 of 4 branches without a solution: {reason}"]
+    outside = ridge_rider(wells, start, EigenRidges(step=0.05), divergence=0.1)
+    reason = "it left the bounds; take shorter steps"
+    assert outside.table().splitlines()[1:] == [f"4 of 4 branches without a solution: {reason}"]
+    stopped = ridge_rider(wells, start, EigenRidges(step=0.05), max_steps=2)
+    assert stopped.table().splitlines()[1:] == [
+        "4 of 4 branches without a solution: it has not been ridden to its end yet"
+    ]
+    assert len(flat.table().splitlines()) == 1 + len(flat.solutions)
+
+
 def is_png(path):
     return path.read_bytes()[:4] == b"\x89PNG"
 
@@ -184,6 +203,28 @@ def test_ways_go_from_the_bifurcation_to_the_solution(flat, axes):
         assert way[0].tolist() == pytest.approx(torch.sigmoid(source).tolist())
         assert way[-1].tolist() == pytest.approx(torch.sigmoid(branch.end).tolist())
     assert axes.get_xlim() == axes.get_ylim() == (0, 1)
+
+
+class Agree:
+    """Two players in float32, who want the same sign."""
+
+    def __init__(self):
+        self.players = [torch.zeros(1, requires_grad=True) for _ in range(2)]
+
+    def losses(self, players):
+        return [-(torch.tanh(players[0]) * torch.tanh(players[1])).sum()] * 2
+
+
+@pytest.mark.parametrize("make", [sgd_map, lambda game, lr: momentum_map(game, lr, 0.5)])
+def test_a_portrait_of_a_float32_map_is_drawn(make, tmp_path):
+    pytest.importorskip("matplotlib")
+    step = make(Agree(), 0.5)
+    found = ridge_rider(step, None, LyapunovBranches(max_steps=20, ascent_steps=2, sizes=(0.5,)), max_depth=1)
+    shift = torch.tensor([0.1, 0.2])  # a function knows no dtype but that of its constants
+    plane = ridge_rider(lambda w: w @ torch.eye(2) + shift, torch.zeros(2), LyapunovBranches(max_steps=3), max_depth=1)
+    for name, drawn, archive in (("game", step, found), ("map", lambda w: w @ torch.eye(2) + shift, plane)):
+        plot_phase_portrait(drawn, tmp_path / name, bounds=((-2, 2), (-2, 2)), archive=archive, resolution=5)
+        assert is_png(tmp_path / name)
 
 
 def test_pictures_of_bad_arguments(flat, tmp_path):

@@ -542,6 +542,11 @@ def test_failures_are_recorded_and_stay_alone():
         ({"start": torch.zeros(2, 3, 4)}, ValueError, "ridge_rider: start must have shape (B, S)"),
         ({"start": [0.0]}, TypeError, "ridge_rider: start must be a tensor of parameters; got list"),
         ({"problem": lambda w: w.sum()}, ValueError, "ridge_rider: problem must return a loss for each start"),
+        (
+            {"problem": sgd_map(small_ipd(), 1.0)},
+            TypeError,
+            "ridge_rider: problem must be a loss or a game for EigenRidges",
+        ),
         ({"start": torch.zeros(65)}, ValueError, "ridge_rider: num_directions must be given for more than 64"),
         ({"key": lambda w: w.sum()}, ValueError, "ridge_rider: key must return a tensor with"),
         ({"key": lambda w: w / 0}, ValueError, "ridge_rider: key must be finite"),

@@ -23,7 +23,9 @@ _ARROWS = 16
 class Plane:
     """What part of the plane is drawn, in which coordinates: parameters, or their probabilities sigmoid(w)."""
 
-    def __init__(self, caller: str, step: Step, bounds: Any, *, probabilities: bool) -> None:
+    def __init__(
+        self, caller: str, step: Step, bounds: Any, *, probabilities: bool, dtype: torch.dtype | None = None
+    ) -> None:
         if bounds is None:
             if not probabilities:
                 raise ValueError(f"{caller}: bounds must be given unless in probabilities; got None.")
@@ -42,6 +44,7 @@ class Plane:
         self.step = step
         self.bounds = tuple((float(least), float(most)) for least, most in bounds)
         self._probabilities = probabilities
+        self._dtype = dtype or torch.float64
 
     def place(self, states: Tensor) -> Tensor:
         """Coordinates [..., 2] of states [..., S]."""
@@ -49,10 +52,12 @@ class Plane:
         return torch.sigmoid(parameters) if self._probabilities else parameters
 
     def started(self, states: Tensor) -> Tensor:
-        """States [N, S] for the step of states that another map may have made: parameters are kept."""
-        if not isinstance(self.step, OptimizerMap) or states.shape[1] == self.step.state_size:
-            return states
-        return self.step.start(states[:, :2])
+        """States [N, S] as the step takes them, of states that another map may have made: parameters are kept."""
+        if not isinstance(self.step, OptimizerMap):
+            return states.to(self._dtype)
+        if states.shape[1] != self.step.state_size:
+            return self.step.start(states[:, :2])
+        return states.to(self.step.start())  # the dtype and device of the players
 
     def middles(self, resolution: int) -> list[Tensor]:
         """The middles of so many cells along each axis."""
@@ -110,7 +115,7 @@ def draw_places(axes: Any, plane: Plane, archive: Archive) -> None:
     """Bifurcations, and the starts they were climbed to from."""
     assert archive.starts is not None
     marked(axes, "branching", ls="none", marker="D", ms=6.5, color="black", markeredgecolor="white")
-    climbed = False
+    climbed = bare = False
     for place in archive.bifurcations:
         _mark(axes, plane, place.state, marker="D", ms=6.5, color="black", markeredgecolor="white", zorder=8)
         start = archive.starts[place.start]
@@ -118,9 +123,12 @@ def draw_places(axes: Any, plane: Plane, archive: Archive) -> None:
             climbed = True
             line = plane.place(torch.stack([start[:2], place.state[:2]])).numpy()
             axes.plot(line[:, 0], line[:, 1], color="0.25", lw=0.9, ls=(0, (2, 2)), zorder=5)
-            _mark(axes, plane, start, marker="o", ms=6, color="white", markeredgecolor="black", zorder=7)
-    if climbed:
+            if not any(torch.equal(start[:2], other.state[:2]) for other in archive.bifurcations):
+                bare = True  # a diamond would hide it
+                _mark(axes, plane, start, marker="o", ms=6, color="white", markeredgecolor="black", zorder=7)
+    if bare:
         marked(axes, "start", ls="none", marker="o", ms=6, color="white", markeredgecolor="black")
+    if climbed:
         marked(axes, "climb (as the crow flies)", color="0.25", lw=0.9, ls=(0, (2, 2)))
 
 
