@@ -110,6 +110,8 @@ class Recorded:
 class _Matrix(LinearOperator):
     """The product as an operator."""
 
+    sums_terms = True
+
     def __init__(self, product: Callable[[TensorList], TensorList], params: TensorList, structure: Any) -> None:
         super().__init__(params, structure)
         self._product = product
