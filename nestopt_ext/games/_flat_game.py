@@ -129,8 +129,8 @@ class FlatGame:
                 raise
             raise RuntimeError(
                 f"{self.caller}: game.losses must be a function of the players alone, to be mapped over {batch} starts"
-                f" by torch.vmap; got: {str(error).splitlines()[0]:.160} Draw random numbers once, outside of it, use no"
-                f" dropout and batch norm in eval mode, or return losses of shape ({batch},)."
+                " by torch.vmap; got one that is not, as the error above says. Draw random numbers once, outside of it,"
+                f" use no dropout and batch norm in eval mode, or return losses of shape ({batch},)."
             ) from error
         return found
 
