@@ -227,6 +227,32 @@ def test_a_portrait_of_a_float32_map_is_drawn(make, tmp_path):
         assert is_png(tmp_path / name)
 
 
+def test_a_map_may_take_a_gradient_of_its_own(tmp_path):
+    def step(w):
+        with torch.enable_grad():
+            w = w if w.requires_grad else w.detach().requires_grad_()
+            return w - 0.2 * torch.autograd.grad(wells(w).sum(), w, create_graph=True)[0]
+
+    def closed_form(w):
+        return w - 0.2 * (w**3 - torch.tensor([1.0, 1.2], dtype=w.dtype) * w)
+
+    for problem, method in (
+        (wells, EigenRidges(step=0.05, finish=step)),
+        (None, LyapunovBranches(max_steps=30, ascent_steps=2, num_directions=2, sizes=(0.5, 1.0))),
+    ):
+        start = torch.full((2,), 0.1 if problem is None else 0.0, dtype=F64)
+        found = ridge_rider(problem or step, start, method, key="parameters", max_depth=2)
+        plain = dataclasses.replace(method, finish=closed_form) if problem else method
+        wanted = ridge_rider(problem or closed_form, start, plain, key="parameters", max_depth=2)
+        assert len(found.branches) == len(wanted.branches) > 4
+        for branch, other in zip(found.branches, wanted.branches, strict=True):
+            assert not branch.end.requires_grad
+            torch.testing.assert_close(branch.end, other.end)
+    pytest.importorskip("matplotlib")
+    plot_phase_portrait(step, tmp_path / "map", bounds=((-2, 2), (-2, 2)), archive=found, resolution=5)
+    assert is_png(tmp_path / "map")
+
+
 def test_pictures_of_bad_arguments(flat, tmp_path):
     path = tmp_path / "x.png"
     with pytest.raises(ValueError, match="plot_ride_tree: archive must hold at least one bifurcation"):

@@ -241,6 +241,34 @@ class _Square(torch.autograd.Function):
         return 2 * x * grad
 
 
+class _Drawn:
+    """A game that is no function of its players."""
+
+    def __init__(self, layer):
+        self.players = [torch.nn.Sequential(torch.nn.Linear(2, 2), layer)]
+        self.fails = False
+
+    def losses(self, players):
+        if self.fails:
+            raise RuntimeError("its own")
+        return [players[0](torch.ones(3, 2)).square().mean()]
+
+
+@pytest.mark.parametrize("layer", [torch.nn.Dropout(), torch.nn.BatchNorm1d(2)])
+def test_a_game_that_cannot_be_mapped_over_starts_says_what_to_do(layer):
+    game = _Drawn(layer)
+    step = games.sgd_map(game, 0.1)
+    states = step.start().repeat(2, 1)
+    with pytest.raises(RuntimeError, match=r"sgd_map: game\.losses must be a function of the players alone.*eval mode"):
+        step(states)
+    game.fails = True
+    with pytest.raises(RuntimeError, match=r"^its own$"):
+        step(states)
+    game.fails = False
+    game.players[0].eval()
+    assert step(states).shape == states.shape
+
+
 def test_operations_that_vmap_cannot_take_are_done_one_by_one():
     state = torch.tensor([[1.0, 2.0]], dtype=F64)
     jacobian = map_jacobian(_Square.apply, state)

@@ -259,7 +259,7 @@ class EigenRider(Rider):
         before = ride["state"][rows]
         with torch.no_grad():
             if callable(method.finish):
-                state = method.finish(before)
+                state = method.finish(before).detach()
             else:
                 assert method.finish is not None
                 state = before - method.finish * self._gradient(before)

@@ -112,7 +112,7 @@ class LyapunovRider(Rider):
         rows = on_their_way(ride)
         before = ride["state"][rows]
         with torch.no_grad():
-            state = self._ride(before)
+            state = self._ride(before).detach()  # a map may take a gradient of its own, and keep its graph
         ended = {
             BranchStatus.converged: (state - before).norm(dim=1) <= self._method.tolerance,
             BranchStatus.completed: ride["steps"][rows] + 1 >= self._method.max_steps,

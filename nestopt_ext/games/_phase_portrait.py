@@ -92,7 +92,7 @@ def draw_steps(axes: Any, plane: Plane) -> None:
     """An arrow for the direction of the step at some places."""
     states = plane.grid(_ARROWS)
     with torch.no_grad():
-        moves = (plane.place(plane.step(states)) - plane.place(states)).cpu()
+        moves = (plane.place(plane.step(states).detach()) - plane.place(states)).cpu()
     spans = torch.tensor([most - least for least, most in plane.bounds], dtype=moves.dtype)
     moves = moves / spans
     moves = moves / moves.norm(dim=1, keepdim=True)  # NaN, of which nothing is drawn, where it stands still
@@ -154,7 +154,7 @@ def _paths(plane: Plane, archive: Archive, num_steps: int | None) -> list[Tensor
     points, numbers = [torch.stack(sources), state[:, :2].cpu()], [0, 0]
     with torch.no_grad():
         for number in range(1, max(steps) + 1):
-            state = plane.step(state)
+            state = plane.step(state).detach()
             if number % every == 0 or number < _FIRST or number in steps:
                 points.append(state[:, :2].cpu())
                 numbers.append(number)
