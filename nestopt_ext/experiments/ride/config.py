@@ -47,7 +47,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         **_GENERALIZED, "optimizer": "extragradient", "exponent_steps": 50, "ascent_steps": 20, "directions": 2,
         "steps": 3500, "tau": 0.25,
     },
-    "matching-pennies": {**_GENERALIZED, "optimizer": "extragradient", "steps": 3000},
+    # One solution, which takes ever longer to come back to from afar.
+    "matching-pennies": {**_GENERALIZED, "optimizer": "extragradient", "branch_sizes": (0.5, 1.0, 2.0), "steps": 3000},
     "ipd": {**_GENERALIZED, "optimizer": "lola", "spread": 1.0, "directions": 2, "steps": 1000},
     "polynomial": {"dim": 2, "order": "breadth", "step_size": 0.05, "lr": 0.1, "noise": 0.01, "steps": 500},
     "shapes": {
