@@ -15,7 +15,9 @@ from .lyapunov import max_lyapunov_exponent
 from .maps import OptimizerMap
 
 #: Points of a way that are drawn, and so many of the first steps, which are long and where the curve bends.
-_POINTS, _FIRST = 400, 20
+_POINTS, _FIRST = 3000, 20
+#: Widths of the picture that the ways in it may be long.
+_LENGTH = 60.0
 #: Arrows along each side.
 _ARROWS = 16
 
@@ -102,13 +104,33 @@ def draw_steps(axes: Any, plane: Plane) -> None:
 
 
 def draw_rides(axes: Any, plane: Plane, archive: Archive, looks: SolutionLooks, num_steps: int | None) -> None:
-    """The way of each branch in the color of its solution, and the star at its end."""
-    for branch, path in zip(archive.branches, _paths(plane, archive, num_steps), strict=True):
-        places, color = plane.place(path).cpu(), looks.color(branch.solution)
-        axes.plot(places[:, 0].numpy(), places[:, 1].numpy(), color="white", lw=2.6, alpha=0.7, zorder=3)
-        axes.plot(places[:, 0].numpy(), places[:, 1].numpy(), color=color, lw=1.4, zorder=4)
+    """The way of each branch in the color of its solution, as far as there is room, and the star at its end."""
+    ways = [plane.place(path).cpu() for path in _paths(plane, archive, num_steps)]
+    for i in _drawn(plane, archive, ways):
+        (x, y), color = ways[i].T.numpy(), looks.color(archive.branches[i].solution)
+        axes.plot(x, y, color="white", lw=2.6, alpha=0.7, zorder=3)
+        axes.plot(x, y, color=color, lw=1.4, zorder=4)
+    for branch in archive.branches:
         if branch.solution is not None and branch.end is not None:
+            color = looks.color(branch.solution)
             _mark(axes, plane, branch.end, marker="*", ms=13, color=color, markeredgecolor="white", zorder=6)
+
+
+def _drawn(plane: Plane, archive: Archive, ways: list[Tensor]) -> list[int]:
+    """The branches whose ways are drawn: one for each solution, and others until one line hides the next."""
+    extent = torch.tensor([most - least for least, most in plane.bounds], dtype=torch.float64)
+    seen: set[int | None] = set()
+    first: list[int] = []
+    others: list[int] = []
+    for i, branch in enumerate(archive.branches):
+        (others if branch.solution in seen else first).append(i)
+        seen.add(branch.solution)
+    drawn, length = [], 0.0
+    for i in (*first, *others):
+        length += float((ways[i].diff(dim=0) / extent).norm(dim=1).sum())
+        if i in first or length <= _LENGTH:
+            drawn.append(i)
+    return drawn
 
 
 def draw_places(axes: Any, plane: Plane, archive: Archive) -> None:
