@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..optim._arguments import check_real
 from ._linearized import Step
-from ._ride_looks import SolutionLooks, marked
+from ._ride_looks import NOWHERE, SolutionLooks, marked
 from .archive import Archive
 from .lyapunov import max_lyapunov_exponent
 from .maps import OptimizerMap
@@ -102,7 +102,9 @@ def draw_steps(axes: Any, plane: Plane) -> None:
 
 
 def draw_rides(axes: Any, plane: Plane, archive: Archive, looks: SolutionLooks, num_steps: int | None) -> None:
-    """The way of each branch in the color of its solution, and the star at its end."""
+    """The way of each branch in the color of its solution, and the star at its end; grey where there is none."""
+    if any(branch.solution is None for branch in archive.branches):
+        marked(axes, "no solution", color=NOWHERE, lw=1.4)
     for branch, path in zip(archive.branches, _paths(plane, archive, num_steps), strict=True):
         places, color = plane.place(path).cpu(), looks.color(branch.solution)
         axes.plot(places[:, 0].numpy(), places[:, 1].numpy(), color="white", lw=2.6, alpha=0.7, zorder=3)
