@@ -253,6 +253,16 @@ def test_a_map_may_take_a_gradient_of_its_own(tmp_path):
     assert is_png(tmp_path / "map")
 
 
+def test_the_legend_of_a_portrait_names_what_is_drawn(deep):
+    matplotlib = pytest.importorskip("matplotlib.figure")
+    axes = matplotlib.Figure().subplots()
+    descent = sgd_map(small_ipd(batch=1), 5.0)
+    plot_phase_portrait(descent, axes=axes, bounds=((-2, 2), (-2, 2)), archive=deep, resolution=5)
+    names = axes.get_legend_handles_labels()[1]
+    assert names[:2] == ["branching", "no solution"]  # the first generation ends at saddles; no start beside a diamond
+    assert len(names) == 2 + len(deep.solutions)
+
+
 def test_pictures_of_bad_arguments(flat, tmp_path):
     path = tmp_path / "x.png"
     with pytest.raises(ValueError, match="plot_ride_tree: archive must hold at least one bifurcation"):

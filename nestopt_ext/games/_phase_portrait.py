@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..optim._arguments import check_real
 from ._linearized import Step
-from ._ride_looks import SolutionLooks, marked
+from ._ride_looks import NOWHERE, SolutionLooks, marked
 from .archive import Archive
 from .lyapunov import max_lyapunov_exponent
 from .maps import OptimizerMap
@@ -104,7 +104,9 @@ def draw_steps(axes: Any, plane: Plane) -> None:
 
 
 def draw_rides(axes: Any, plane: Plane, archive: Archive, looks: SolutionLooks, num_steps: int | None) -> None:
-    """The way of each branch in the color of its solution, as far as there is room, and the star at its end."""
+    """The way of each branch in the color of its solution, or grey, as far as there is room, and the star at its end."""
+    if any(branch.solution is None for branch in archive.branches):
+        marked(axes, "no solution", color=NOWHERE, lw=1.4)
     ways = [plane.place(path).cpu() for path in _paths(plane, archive, num_steps)]
     for i in _drawn(plane, archive, ways):
         (x, y), color = ways[i].T.numpy(), looks.color(archive.branches[i].solution)

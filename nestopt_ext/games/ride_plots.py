@@ -83,9 +83,9 @@ def plot_phase_portrait(
         bounds: the smallest and the largest value drawn of each of the two. None is (0, 1) for probabilities.
         probabilities: draws sigmoid(w) in place of w, for games of two logits.
         archive: its bifurcations (diamonds) and the starts they were found from, the ways that ``step`` takes from the
-            first step of each branch in the color of the solution that the ride found, and the solutions (stars). Where
-            there are more ways than can be told apart, one to each solution is drawn and others as there is room. Rides
-            along ridges are no steps of a map, and are drawn straight from begin to end.
+            first step of each branch in the color of the solution that the ride found, or grey, and the solutions
+            (stars). Where there are more ways than can be told apart, one to each solution is drawn and others as there
+            is room. Rides along ridges are no steps of a map, and are drawn straight from begin to end.
         horizon: the steps over which exponents are taken, as for :func:`max_lyapunov_exponent`.
         resolution: cells along each side, all of which are one tensor program.
         num_steps: the most steps drawn of each way; None for all that the ride took.
