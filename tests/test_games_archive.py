@@ -205,6 +205,24 @@ def test_ways_go_from_the_bifurcation_to_the_solution(flat, axes):
     assert axes.get_xlim() == axes.get_ylim() == (0, 1)
 
 
+def test_so_many_ways_are_drawn_as_can_be_told_apart(axes):
+    """Of two sinks that many long spirals run into, each has one at least."""
+    turn = 0.999 * torch.tensor([[math.cos(0.1), -math.sin(0.1)], [math.sin(0.1), math.cos(0.1)]])
+
+    def step(w):
+        centre = torch.stack([2 * torch.sign(w[:, 0]), torch.zeros_like(w[:, 0])], dim=1)
+        return centre + (w - centre) @ turn.T
+
+    starts = torch.tensor([[side * (2 + 0.01 * i), 1.0] for side in (-1, 1) for i in range(20)])
+    method = LyapunovBranches(max_steps=2000, ascent_steps=0, sizes=(0.1,))
+    found = ridge_rider(step, starts, method, max_depth=1, distance=1.0)
+    plot_phase_portrait(step, axes=axes, bounds=[(-4, 4), (-2, 2)], archive=found, resolution=5)
+    ways = [line.get_xydata() for line in axes.lines if len(line.get_xdata()) > 100][1::2]
+    assert len(found.solutions) == 2 and len(found.branches) == 80
+    assert 2 <= len(ways) < 20
+    assert {way[-1, 0] > 0 for way in ways} == {False, True}
+
+
 class Agree:
     """Two players in float32, who want the same sign."""
 

@@ -104,7 +104,7 @@ def draw_steps(axes: Any, plane: Plane) -> None:
 
 
 def draw_rides(axes: Any, plane: Plane, archive: Archive, looks: SolutionLooks, num_steps: int | None) -> None:
-    """The way of each branch in the color of its solution, or grey, as far as there is room, and the star at its end."""
+    """Ways of branches in the color of their solution, or grey, as far as there is room, and all solutions."""
     if any(branch.solution is None for branch in archive.branches):
         marked(axes, "no solution", color=NOWHERE, lw=1.4)
     ways = [plane.place(path).cpu() for path in _paths(plane, archive, num_steps)]
