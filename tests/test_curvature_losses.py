@@ -218,7 +218,7 @@ def test_extreme_logits_keep_their_curvature():
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-6), (F64, 1e-12)])
-def test_matrices_of_rows_are_as_good_as_the_op(dtype, rtol):
+def test_kept_probabilities_are_as_good_as_the_op(dtype, rtol):
     """For a class that holds nearly all of p, one that is left out, and a row of no weight, whatever that holds."""
     z = torch.tensor([[30.0, 0.0, 0.0], [0.3, 1.0, -torch.inf], [1.0, 2.0, 3.0]], dtype=dtype)
     target, u = torch.tensor([0, 1, 2]), normal(5, 3, 3).to(dtype)
@@ -231,6 +231,15 @@ def test_matrices_of_rows_are_as_good_as_the_op(dtype, rtol):
     assert loss_hessian(CE(), z, target).for_products(100)(u)[:2].isnan().all() and found[1, :2].isnan().all()
     ignored = loss_hessian(CE(), z, torch.tensor([-100, -100, 2])).for_products(100)(u)
     assert not ignored[:2].any() and ignored[2].isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0, 20.0])  # beyond, products underflow
+def test_kept_probabilities_lose_nothing_where_one_class_holds_nearly_all(scale):
+    z, target = (scale * normal(1, 64, 10)).float(), torch.zeros(64, dtype=torch.long)
+    u = (normal(2, 64, 10) + 3).float()
+    found = loss_hessian(CE(), z, target).for_products(100)(u)
+    wanted = loss_hessian(CE(), z.double(), target)(u.double())
+    assert float(((found.double() - wanted).norm(dim=1) / wanted.norm(dim=1)).max()) <= 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -19,8 +19,8 @@ from ._vjp import vjps
 
 #: Rows of a factor that are worth forming where it takes an eigendecomposition of the whole matrix.
 _MAX_DENSE_ROWS = 1024
-#: Elements of the matrices of all rows, and products, for which these are worth forming.
-_MAX_BLOCKS, _WORTH_BLOCKS = 2**15, 5
+#: Elements of the outputs, which stay in a cache, and products, for which probabilities are worth keeping.
+_MAX_KEPT, _WORTH_KEEPING = 2**18, 5
 
 
 class LossHessian(ABC):
@@ -185,23 +185,32 @@ class _Softmax(LossHessian):
             return rows.movedim(-1, self._dim)
 
     def for_products(self, num_products: int) -> Callable[[Tensor], Tensor]:
-        """On the CPU, for few and small rows, by their matrices: the op would take their exponentials each time."""
-        logits, classes = self.outputs, self.outputs.shape[-1]
+        """On the CPU, unless they are large, with probabilities that are kept: the op takes exponentials each time.
+
+        As constants are in the null space of a row, u counts from its value at the largest class. Where that holds
+        nearly all of p, the mean then is a sum over the others alone, and nothing cancels.
+        """
+        logits = self.outputs
         plain = logits.device.type == "cpu" and logits.dim() == 2 and logits.dtype in (torch.float32, torch.float64)
-        small = logits.numel() * classes <= _MAX_BLOCKS and num_products >= _WORTH_BLOCKS
+        small = 0 < logits.numel() <= _MAX_KEPT and num_products >= _WORTH_KEEPING
         if not plain or not small:
             return self.product
         with torch.no_grad():
-            p = logits.double().softmax(1)
-            blocks = -p.unsqueeze(2) * p.unsqueeze(1)
-            diagonal = blocks.diagonal(dim1=1, dim2=2)
-            diagonal.zero_().sub_(blocks.sum(2))  # p - p^2 without cancellation, as rows sum to zero
-            weight = self._row_weight.view(-1, 1, 1)
             # A row of no weight may hold anything, and counts for nothing.
-            blocks = (weight * blocks).masked_fill_(weight == 0, 0.0).to(logits.dtype)
-            counts = (self._row_weight != 0).unsqueeze(1).expand_as(logits).to(logits.dtype)
+            weight = self._row_weight.unsqueeze(1)
+            wide = logits.double().softmax(1).masked_fill_(weight == 0, 0.0)
+            largest = wide.argmax(1, keepdim=True)
+            p, weighted = wide.to(logits.dtype), (weight * wide).to(logits.dtype)
+            counts = (weight != 0).expand_as(logits).to(logits.dtype)
         kept = torch.ops.aten.threshold_backward.default
-        return lambda u: torch.bmm(blocks, kept(u, counts, 0).unsqueeze(2)).squeeze(2)
+
+        def product(u: Tensor) -> Tensor:
+            above = kept(u, counts, 0)
+            above.sub_(above.gather(1, largest))
+            result: Tensor = above.sub_((p * above).sum(1, keepdim=True)).mul_(weighted)
+            return result
+
+        return product
 
     def _product(self, u: Tensor) -> Tensor:
         rows = _functions.softmax_hessian(self._rows(self.outputs), u.movedim(self._dim, -1), self._row_weight)
