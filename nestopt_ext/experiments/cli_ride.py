@@ -40,7 +40,7 @@ _OPTIONS: tuple[tuple[str, type, str, str], ...] = (
     ("--noise", float, "X", "with which descents leave the saddle, polynomial and shapes (0.01)"),
     ("--tau", float, "X", "share of matching pennies in mix (0.25)"),
     ("--dim", int, "N", "variables of polynomial (2)"),
-    ("--images", int, "N", "training pictures of shapes (512)"),
+    ("--images", int, "N", "training pictures of shapes, a multiple of 16 (512)"),
     ("--modes", int, "N", "Gaussians of gan (4)"),
     ("--width", int, "N", "units of a hidden layer, shapes (4) and gan (16)"),
 )
