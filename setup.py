@@ -7,6 +7,7 @@ Environment:
   TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX: as torch.utils.cpp_extension takes them
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -117,9 +118,9 @@ def build_command() -> Any:
                     stale.unlink()
                 say(f"native library not built: {reason}. The package works on the PyTorch reference path.")
                 self.extensions = []
-            write_report(
-                folder, {"reason": reason, "torch": torch.__version__} if reason else {"torch": torch.__version__}
-            )
+            ops = hashlib.sha256((ROOT / "nestopt_ext/_ops.py").read_bytes()).hexdigest()
+            report = {"torch": torch.__version__, "ops": ops}
+            write_report(folder, {"reason": reason, **report} if reason else report)
 
         def get_outputs(self) -> list[str]:
             return [path for path in super().get_outputs() if Path(path).exists()]

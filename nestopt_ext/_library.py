@@ -1,5 +1,6 @@
 """Finds and loads the native library, and says in one sentence why it is absent."""
 
+import hashlib
 import importlib
 import json
 import os
@@ -21,25 +22,41 @@ def _build_report() -> dict[str, Any]:
     return report if isinstance(report, dict) else {}
 
 
+def _is_of_other_ops(report: dict[str, Any]) -> bool:
+    """Whether the library was built beside other schemas, under which its kernels would misread their arguments."""
+    try:
+        ops = Path(__file__).with_name("_ops.py").read_bytes()
+    except OSError:  # installed without sources
+        return False
+    return report.get("ops", "") not in ("", hashlib.sha256(ops).hexdigest())
+
+
 def load() -> None:
     """Imports ``nestopt_ext._C``; the import registers the native kernels with the dispatcher. Never raises."""
     global _native, _status
     if os.environ.get("NESTOPT_DISABLE_NATIVE", "0") not in ("", "0"):
         _status = "native library not loaded: NESTOPT_DISABLE_NATIVE is set; the PyTorch reference path is used."
         return
+    report = _build_report()
+    if "reason" not in report and _is_of_other_ops(report):
+        _status = (
+            "native library not loaded: it was built for other ops than these; build it again: python setup.py"
+            " build_ext --inplace; the PyTorch reference path is used."
+        )
+        return
     try:
         _native = importlib.import_module("nestopt_ext._C")
     except ModuleNotFoundError as error:
         if error.name != "nestopt_ext._C":
             raise
-        reason = _build_report().get(
+        reason = report.get(
             "reason", "it was not built; build it with a C++ compiler: python setup.py build_ext --inplace"
         )
         _status = f"native library not loaded: {reason}; the PyTorch reference path is used."
     except ImportError as error:
         import torch
 
-        built_for = _build_report().get("torch")
+        built_for = report.get("torch")
         cause = " ".join(str(error).split())
         if built_for is not None and built_for != torch.__version__:
             cause = f"it was built for torch {built_for}, and this is torch {torch.__version__}; build it again"

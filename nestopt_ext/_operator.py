@@ -23,6 +23,10 @@ class LinearOperator(ABC):
     What comes back from any method is new memory without graph, and arguments are only read.
     """
 
+    #: Whether :meth:`flat_loop` adds up the very terms whose norms it returns, and then multiplies by alpha: the norms
+    #: bound the entries of such a sum, and what is not finite in it is not finite in them.
+    sums_terms = False
+
     def __init__(self, params: TensorList, structure: Structure) -> None:
         self._params = params
         self._structure = structure
@@ -68,8 +72,7 @@ class LinearOperator(ABC):
     ) -> tuple[TensorList, Tensor] | None:
         """The same sum and norms term by term, by num_terms products, where a step can be taken inside a product.
 
-        ``diagonal`` is added to A, with an entry for each element. The sum is made of the terms and then multiplied by
-        alpha, so that their norms bound its entries.
+        ``diagonal`` is added to A, with an entry for each element.
         """
         return None
 

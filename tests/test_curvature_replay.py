@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nestopt_ext import hypergradient
 from nestopt_ext.curvature import Hessian, _replay, _vjp
 from nestopt_ext.curvature._gradient import Gradient
-from nestopt_ext.solvers import Neumann
+from nestopt_ext.solvers import Neumann, neumann_ihvp, solve
 
 
 def mlp(activation):
@@ -285,3 +286,98 @@ def test_no_reference_cycle_keeps_what_was_recorded():
         assert kept and not any(ref() is not None for ref in tensors)
     finally:
         gc.enable()
+
+
+def series(matvec, v, num_terms, alpha, damping):
+    """The textbook sum on lists."""
+    total = term = v
+    for _ in range(num_terms):
+        product = matvec(term)
+        term = [t - alpha * (p + damping * t) for t, p in zip(term, product, strict=True)]
+        total = [s + t for s, t in zip(total, term, strict=True)]
+    return [alpha * s for s in total]
+
+
+@pytest.mark.parametrize("num_terms", [0, 1, 3, 30], ids=lambda k: f"K{k}")
+@pytest.mark.parametrize("name", ["tanh", "relu", "cnn", "attention"])
+def test_a_sum_taken_in_one_go_is_that_of_products(name, num_terms):
+    _, params, _, inner = problem(name)
+    (v,) = vectors(params, 1)
+    kept = [t.clone() for t in v]
+    found = neumann_ihvp(Hessian(inner, params), v, num_terms=num_terms, alpha=0.05, damping=0.1)
+    again = neumann_ihvp(lambda v: by_autograd(inner(), params, v), v, num_terms=num_terms, alpha=0.05, damping=0.1)
+    expected = series(lambda v: by_autograd(inner(), params, v), v, num_terms, 0.05, 0.1)
+    for a, b, c in zip(found, again, expected, strict=True):
+        torch.testing.assert_close(a, c, rtol=1e-10, atol=1e-11)
+        torch.testing.assert_close(b, c, rtol=1e-10, atol=1e-11)
+        assert not a.requires_grad
+    assert all(map(torch.equal, v, kept))
+
+
+@pytest.mark.parametrize("num_terms", [2, 20], ids=["by autograd", "replayed"])
+def test_products_that_are_the_vector_itself_or_nothing(num_terms):
+    w, unused = torch.randn(3, requires_grad=True), torch.randn(2, requires_grad=True)
+    hessian = Hessian((w**2).sum() / 2, [w, unused])  # autograd hands the cotangent back
+    v = [torch.ones(3), torch.ones(2)]
+    found = neumann_ihvp(hessian, v, num_terms=num_terms, alpha=0.5)
+    torch.testing.assert_close(found[0], torch.full((3,), 1 - 0.5 ** (num_terms + 1)))
+    torch.testing.assert_close(found[1], torch.full((2,), 0.5 * (num_terms + 1)))
+    assert v[0].eq(1).all()
+
+
+@pytest.mark.parametrize("num_terms", [2, 20], ids=["by autograd", "replayed"])
+def test_a_sum_that_is_not_finite_or_diverges_says_so(num_terms):
+    w = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    hessian = Hessian(w.pow(4).sum() + w.square().sum(), w)
+    with pytest.warns(RuntimeWarning, match="v must be finite"):
+        found = neumann_ihvp(hessian, torch.tensor([1.0, float("nan"), 1.0]), num_terms=num_terms, alpha=0.01)
+    assert found.isnan().tolist() == [False, True, False]
+    with pytest.warns(RuntimeWarning, match="diverges"):
+        neumann_ihvp(hessian, torch.ones(3), num_terms=num_terms, alpha=0.1)
+    with pytest.warns(RuntimeWarning, match="is not finite"):
+        neumann_ihvp(hessian, torch.ones(3), num_terms=num_terms, alpha=1e30)
+
+
+@pytest.mark.parametrize("num_terms", [2, 20], ids=["by autograd", "replayed"])
+def test_a_sum_after_a_param_was_changed_in_place_is_refused(num_terms):
+    _, params, _, inner = problem("tanh")
+    (v,) = vectors(params, 1)
+    hessian = Hessian(inner(), params)
+    neumann_ihvp(hessian, v, num_terms=num_terms, alpha=0.05)
+    with torch.no_grad():
+        params[2].mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place since"):
+        neumann_ihvp(hessian, v, num_terms=num_terms, alpha=0.05)
+
+
+def test_sums_of_half_precision_keep_their_terms_in_float32():
+    w = torch.tensor([1.0, 2.0], dtype=torch.bfloat16, requires_grad=True)
+    solution = solve(Hessian(w.square().sum(), w), torch.ones(2, dtype=torch.bfloat16), Neumann(20, 0.25))
+    assert solution.value.dtype == torch.bfloat16 and solution.value.eq(0.5).all()
+
+
+@pytest.mark.parametrize("scale", [0.5, 3.0, 1e30])
+def test_multiples_of_a_hessian(scale):
+    w = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    matrix = scale * Hessian((w**4).sum(), w)
+    v = torch.ones(3, dtype=torch.float64)
+    diagonal = scale * 12 * w.detach() ** 2
+    alpha = 0.5 / float(diagonal.max())
+    found = neumann_ihvp(matrix, v, num_terms=12, alpha=alpha)
+    torch.testing.assert_close(found, series(lambda u: [diagonal * u[0]], [v], 12, alpha, 0)[0], rtol=1e-10, atol=0)
+
+
+def test_a_mode_that_listens_to_operators_hears_those_of_autograd():
+    class Listening(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    _, params, _, inner = problem("tanh")
+    gradient = replaying(inner, params)
+    (v,) = vectors(params, 1)
+    with Listening():
+        gradient.product(v)
+    assert not is_replayed(gradient)
+    gradient.expect(100)
+    gradient.product(v)
+    assert is_replayed(gradient)

@@ -20,7 +20,7 @@ from nestopt_ext.experiments.ride.shapes import USED, VALUE, HeldOut, ShapesGame
 from nestopt_ext.experiments.ride.shapes_data import pictures as draw_pictures
 from nestopt_ext.experiments.ride.shapes_data import templates
 from nestopt_ext.experiments.tune import Interrupted
-from nestopt_ext.games import map_jacobian, sgd_map
+from nestopt_ext.games import Archive, map_jacobian, sgd_map
 
 DILEMMA = RideConfig("small-ipd", starts=3, spread=1.0, lr=5.0, ascent_steps=4, branch_sizes=(2.0,), steps=80)
 GAN = RideConfig("gan", width=3, modes=3, exponent_steps=2, ascent_steps=1, directions=2, branch_sizes=(0.5,), steps=4)
@@ -87,6 +87,15 @@ def test_solutions_are_told_apart_alike_for_rides_and_rivals(dilemma):
     counts = {row.name: row.rivals[0] for row in rows}
     assert counts[study.label(known)] == 2
     assert [row.rivals[0] for row in rows if not row.branches] == [2]  # the one that overflowed is nowhere
+
+
+def test_two_solutions_near_one_that_is_known_have_different_names(dilemma):
+    known, aside = torch.tensor([1.96, 1.96]).double(), torch.tensor([0.07, 0.0])
+    nothing = Archive()
+    nothing.starts = dilemma.archive.starts
+    ends = Ends("rival", 5, torch.zeros(2, 2), torch.stack([known + aside, known - aside]))
+    rows = RideResult(DILEMMA.resolved(), dilemma.study, nothing, (ends,)).rows
+    assert [row.name for row in rows] == ["defection", "defection (2)"]
 
 
 def test_rivals_get_the_gradients_of_the_ride(dilemma):
@@ -200,7 +209,7 @@ def test_gan_covers_what_its_points_cover():
 
 def test_gan_rides_from_one_start(gan):
     result = gan
-    assert len(result.archive.branches) == 4 and len(result.archive.starts) == 1
+    assert len(result.archive.branches) == 4 * len(result.archive.bifurcations) and len(result.archive.starts) == 1
     assert result.ends[0].name == "gradient descent, same start" and len(result.ends[0].states) == 1
     plain = result.study.step.start()
     for _ in range(4):

@@ -241,6 +241,34 @@ class _Square(torch.autograd.Function):
         return 2 * x * grad
 
 
+class _Drawn:
+    """A game that is no function of its players."""
+
+    def __init__(self, layer):
+        self.players = [torch.nn.Sequential(torch.nn.Linear(2, 2), layer)]
+        self.fails = False
+
+    def losses(self, players):
+        if self.fails:
+            raise RuntimeError("its own")
+        return [players[0](torch.ones(3, 2)).square().mean()]
+
+
+@pytest.mark.parametrize("layer", [torch.nn.Dropout(), torch.nn.BatchNorm1d(2)])
+def test_a_game_that_cannot_be_mapped_over_starts_says_what_to_do(layer):
+    game = _Drawn(layer)
+    step = games.sgd_map(game, 0.1)
+    states = step.start().repeat(2, 1)
+    with pytest.raises(RuntimeError, match=r"sgd_map: game\.losses must be a function of the players alone.*eval mode"):
+        step(states)
+    game.fails = True
+    with pytest.raises(RuntimeError, match=r"^its own$"):
+        step(states)
+    game.fails = False
+    game.players[0].eval()
+    assert step(states).shape == states.shape
+
+
 def test_operations_that_vmap_cannot_take_are_done_one_by_one():
     state = torch.tensor([[1.0, 2.0]], dtype=F64)
     jacobian = map_jacobian(_Square.apply, state)
@@ -417,6 +445,16 @@ def test_lines_are_told_apart_when_eigenvalues_change_places():
     torch.testing.assert_close(after.basis, space.basis)
     flipped = track(leading_eigenpairs(second), eigenspace(leading_eigenpairs(-first), 0))
     assert flipped.overlap.item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("angle", [0.3, 1.2, 2.0])
+def test_the_plane_that_a_line_becomes_begins_along_the_line(angle):
+    line = torch.tensor([math.cos(angle), math.sin(angle), 0.0], dtype=F64)
+    turn = torch.tensor([[[0.0, -2.0, 0.0], [2.0, 0.0, 0.0], [0.0, 0.0, 1.0]]], dtype=F64)
+    before = eigenspace(leading_eigenpairs((torch.eye(3, dtype=F64) + torch.outer(line, line))[None]))
+    space = track(leading_eigenpairs(turn), before)
+    torch.testing.assert_close(space.basis[0, :, 0], before.basis[0, :, 0])
+    assert space.dim.item() == 2
 
 
 def test_a_space_that_is_lost_says_so():

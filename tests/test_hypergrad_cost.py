@@ -160,9 +160,8 @@ def test_a_series_in_the_span_of_the_examples_takes_no_products():
     x, y = torch.randn(6, 4), torch.arange(6) % 3
     criterion = torch.nn.CrossEntropyLoss()
 
-    def products(route, **options):
-        curvature = nx.EmpiricalFisher(model, criterion, x, y, params, route=route)
-        cost = nx.estimate_cost(
+    def cost_of(curvature, **options):
+        return nx.estimate_cost(
             lambda: criterion(model(x), y),
             lambda: criterion(model(x), y) * h,
             params,
@@ -170,8 +169,15 @@ def test_a_series_in_the_span_of_the_examples_takes_no_products():
             solver=nx.Neumann(50, alpha=0.1, **options),
             curvature=curvature,
         )
-        return cost.num_products
 
-    assert products("loop") == 50
-    assert products("dual") == 0
-    assert products("dual", preconditioner=lambda v: v) == 50
+    loop, outputs, dual = (
+        nx.EmpiricalFisher(model, criterion, x, y, params, route=r) for r in ("loop", "outputs", "dual")
+    )
+    assert cost_of(loop).num_products == 50
+    assert cost_of(dual).num_products == 0
+    assert cost_of(dual, preconditioner=lambda v: v).num_products == 50
+
+    size = sum(p.numel() for p in params) * 4
+    found = cost_of(outputs)
+    assert found.num_products == 50
+    assert found.vector_bytes == 2 * size + outputs.plan(50).outputs_memory

@@ -1,5 +1,6 @@
 """How the native library is found, what is said where it is absent or broken, and that importing is quiet and quick."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -134,6 +135,17 @@ def test_a_library_for_another_torch_names_both(copy_of_package):
     ), done.stderr
 
 
+def test_a_library_for_other_ops_is_not_asked(copy_of_package):
+    """Its kernels would take arguments for what they are not, without a word."""
+    broken_library(copy_of_package)
+    (copy_of_package / "nestopt_ext/_build_report.json").write_text(json.dumps({"torch": "2.13.0", "ops": "0" * 64}))
+    done = run_beside(copy_of_package, STEP, **PURE)
+    assert done.stdout == (
+        "native library not loaded: it was built for other ops than these; build it again: python setup.py build_ext"
+        " --inplace; the PyTorch reference path is used.\n"
+    ), done.stderr
+
+
 IMPORT = """
 import json, sys, time, torch
 known, start = set(sys.modules), time.process_time()
@@ -209,3 +221,8 @@ def test_a_build_that_fails_leaves_no_older_library_behind(tmp_path):
     assert not stale.exists()
     report = json.loads((tmp_path / "nestopt_ext/_build_report.json").read_text())
     assert report["reason"] == "it was left out of the build (NESTOPT_NATIVE=0)"
+
+
+def test_the_build_report_names_the_ops_of_this_package(native):
+    ops = hashlib.sha256((ROOT / "nestopt_ext/_ops.py").read_bytes()).hexdigest()
+    assert _library._build_report()["ops"] == ops

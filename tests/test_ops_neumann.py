@@ -354,12 +354,10 @@ def test_no_growth_and_nothing_kept():
     assert sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()) <= tensors
 
 
-@pytest.mark.parametrize(
-    "sample", product(pair=PAIRS, norm=[None, torch.float32, torch.float64], damping=[0.0, 0.1]), ids=str
-)
+@pytest.mark.parametrize("sample", product(pair=PAIRS, norm=[None, torch.float32, torch.float64]), ids=str)
 def test_opcheck(sample, device):
     lists = make([(3, 2), (), (0,), (5,)], [sample["pair"]], device, (LAYOUTS["permuted"], contiguous, contiguous))
-    kwargs = {"damping": sample["damping"]}
+    kwargs = {"damping": 0.1}
     if sample["norm"]:
         kwargs["sq_norm"] = torch.zeros((), dtype=sample["norm"], device=device)
     torch.library.opcheck(torch.ops.nestopt_ext.neumann_step_.default, (*lists, torch.tensor(0.1)), kwargs)

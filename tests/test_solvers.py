@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nestopt_ext
 from nestopt_ext import _lists
+from nestopt_ext._operator import LinearOperator
 from nestopt_ext.solvers import Identity, Neumann, Solution, Status, neumann_ihvp, solve
 from nestopt_ext.solvers._product import Product
 from nestopt_ext.solvers._solve import invert
@@ -438,6 +439,22 @@ def test_what_bounds_a_correction_does_not_bound_the_solution():
     product = Product("test", lambda x: [-0.1 * x[0]], structure, flat)
     inverse = invert("test", product, flat, Neumann(0, 1.0), start=[start])
     assert inverse.value[0][0].isinf() and inverse.verdict.status is Status.non_finite
+
+
+class ByAnotherWay(LinearOperator):
+    """Its sum overflows on a way of its own, and its norms do not tell."""
+
+    def flat_product(self, v):
+        return [torch.zeros_like(t) for t in v]
+
+    def flat_loop(self, v, num_terms, alpha, damping, diagonal=None):
+        return [torch.full_like(t, float("inf")) for t in v], torch.ones(num_terms + 1, dtype=F64)
+
+
+def test_norms_of_an_operator_are_no_bound_unless_it_says_so():
+    v, structure = _lists.flatten("test", "v", [torch.ones(3)])
+    with pytest.warns(RuntimeWarning, match="is not finite"):
+        neumann_ihvp(ByAnotherWay(v, structure), v, num_terms=2, alpha=0.5)
 
 
 def test_statuses_carry_their_message():

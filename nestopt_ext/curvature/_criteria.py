@@ -109,9 +109,12 @@ class CrossEntropy(Criterion):
             inside = q.sum(-1) if weight is None else q @ weight
             return ((1 - smooth) * inside + smooth * everywhere) / denominator
         kept = target != self.ignore_index
-        at_target = torch.ones_like(target, dtype=dtype) if weight is None else weight[torch.where(kept, target, 0)]
+        if weight is None:
+            each = torch.ones((), dtype=dtype, device=target.device)
+        else:
+            each = (1 - smooth) * weight[torch.where(kept, target, 0)] + smooth * everywhere
         # Where nothing is kept the denominator is 0, and the rows stay zero like the gradient that PyTorch gives.
-        return torch.where(kept, ((1 - smooth) * at_target + smooth * everywhere) / denominator, 0.0)
+        return torch.where(kept, each / denominator, 0.0)
 
     @staticmethod
     def _dim(outputs: Tensor) -> int:
@@ -240,11 +243,10 @@ def recognize(criterion: Callable[..., Any]) -> Criterion | None:
     called = criterion.func if isinstance(criterion, functools.partial) else criterion
     for function, made in _FUNCTIONS.items():
         if called is function:
-            defaults = inspect.signature(function).parameters
-            known = _options(made)
+            defaults, known = _defaults(function), _options(made)
             if set(keywords) - set(known):
                 return None
-            return made(**{name: keywords.get(name, defaults[name].default) for name in known})
+            return made(**{name: keywords.get(name, defaults[name]) for name in known})
     return None
 
 
@@ -258,8 +260,14 @@ def reduction_of(criterion: Callable[..., Any]) -> str:
     return str(getattr(criterion, "reduction", "mean"))
 
 
-def _options(made: type[Criterion]) -> list[str]:
-    return [field.name for field in fields(made)]
+@functools.cache
+def _options(made: type[Criterion]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(made))
+
+
+@functools.cache
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
 
 
 _MODULES: dict[type, type[Criterion]] = {

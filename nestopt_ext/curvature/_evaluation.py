@@ -226,10 +226,11 @@ class _Recorder(_GeneratorRecorder):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        older, newer = self._older, self._newer
         for tensor in _tensors((*args, *kwargs.values()) if kwargs else args):
             storage = _storage(tensor)
-            if storage is not None and storage not in self._newer:
-                self._older.add(storage)
+            if storage is not None and storage not in newer:
+                older.add(storage)
         for position, name in _written_arguments(func):
             for tensor in _tensors((args[position] if position < len(args) else kwargs.get(name),)):
                 self._keep(tensor)
@@ -238,8 +239,8 @@ class _Recorder(_GeneratorRecorder):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         for tensor in _tensors((result,)):
             storage = _storage(tensor)
-            if storage is not None and storage not in self._older:
-                self._newer.add(storage)
+            if storage is not None and storage not in older:
+                newer.add(storage)
         return result
 
     def undo(self) -> None:
@@ -257,12 +258,18 @@ class _Recorder(_GeneratorRecorder):  # type: ignore[no-untyped-call]
         self.regions.append(region)
 
 
-def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+def _tensors(values: Sequence[Any]) -> TensorList:
+    found: TensorList = []
     for value in values:
         if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
+            found.append(value)
+        elif isinstance(value, _SEQUENCES):
+            found += _tensors(value)
+    return found
+
+
+#: As a tuple: a union would be made anew for each question.
+_SEQUENCES = (list, tuple)
 
 
 def _storage(tensor: Tensor) -> int | None:

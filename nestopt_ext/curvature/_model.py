@@ -36,7 +36,7 @@ class Model:
             got = _lists.value_name(model)
             raise TypeError(f"{caller}: model must be a module or a callable; got {got}.")
         self._compiled = isinstance(self.call, nn.Module) and any(
-            hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in self.call.modules()
+            "_orig_mod" in m._modules or m._compiled_call_impl is not None for m in self.call.modules()
         )
 
     def choose(self, params: Params) -> tuple[TensorList, _lists.Structure]:
@@ -82,14 +82,27 @@ class Model:
 
     def outputs(self, inputs: Any) -> Tensor:
         """What the model gives for ``inputs``: one tensor, a tuple of arguments, or a dict of keyword arguments."""
-        caller = self._caller
+        outputs = self.evaluated(inputs)
+        self.check_outputs(outputs)
+        return outputs
+
+    def evaluated(self, inputs: Any) -> Tensor:
+        """The same, unchecked."""
         with self._eager(), self._under():
-            if isinstance(inputs, Mapping):
+            outputs: Tensor
+            if isinstance(inputs, Tensor):  # first, since the checks of the rest take longer
+                outputs = self.call(inputs)
+            elif isinstance(inputs, Mapping):
                 outputs = self.call(**inputs)
             elif isinstance(inputs, tuple | list):
                 outputs = self.call(*inputs)
             else:
                 outputs = self.call(inputs)
+        return outputs
+
+    def check_outputs(self, outputs: object) -> None:
+        """They are one tensor that can be differentiated."""
+        caller = self._caller
         if not isinstance(outputs, Tensor):
             raise TypeError(
                 f"{caller}: model must return one tensor; got {_lists.value_name(outputs)}."
@@ -102,7 +115,6 @@ class Model:
             raise ValueError(
                 f"{caller}: model must return outputs that depend on params; got a tensor that does not require grad."
             )
-        return outputs
 
     def check_microbatch(self) -> None:
         """Statistics over the batch would differ in its parts."""
@@ -128,13 +140,20 @@ def _unwrapped(model: Any) -> Callable[..., Any]:
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        elif isinstance(_attribute(model, "_orig_mod"), nn.Module):
             model = model._orig_mod
-        elif hasattr(model, "_torchdynamo_orig_callable"):
+        elif _attribute(model, "_torchdynamo_orig_callable") is not None:
             model = model._torchdynamo_orig_callable
         else:
             found: Callable[..., Any] = model
             return found
+
+
+def _attribute(model: Any, name: str) -> Any:
+    """What ``model`` has under a name, or None; a module that has nothing would make words for that first."""
+    if isinstance(model, nn.Module):
+        return model._modules.get(name) or vars(model).get(name)
+    return getattr(model, name, None)
 
 
 def _matches(name: str, pattern: str) -> bool:

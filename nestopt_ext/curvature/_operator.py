@@ -206,10 +206,6 @@ class _Sum(CurvatureOperator):
         return Plan("loop", reason, num_terms)
 
 
-#: Far below what :class:`~nestopt_ext.solvers._outcome.Testimony` leaves between a bound and the end of a dtype.
-_MOST_SCALE = 2.0**16
-
-
 class _Scaled(CurvatureOperator):
     """An operator times a number."""
 
@@ -258,7 +254,7 @@ class _Scaled(CurvatureOperator):
     def flat_loop(
         self, v: TensorList, num_terms: int, alpha: Tensor, damping: float, diagonal: TensorList | None = None
     ) -> tuple[TensorList, Tensor] | None:
-        if not 0 < self._scalar <= _MOST_SCALE:  # on the way the sum is as many times larger than in the end
+        if self._scalar <= 0:
             return None
         diagonal = None if diagonal is None else [d / self._scalar for d in diagonal]
         found = self._operator.flat_loop(v, num_terms, alpha * self._scalar, damping / self._scalar, diagonal)

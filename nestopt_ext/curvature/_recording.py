@@ -155,7 +155,7 @@ def recorded(
     """The model's outputs, without graph, and the recording of their evaluation; raises :class:`Unrecordable`."""
     from . import _rules  # noqa: F401  registers the rules: a good part of the package's import time
 
-    data = list(tensors_in((inputs,)))
+    data = tensors_in((inputs,))
     if autocast_is_on():
         raise Unrecordable("autocast is on")
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -167,7 +167,8 @@ def recorded(
 
     def run() -> Tape | None:
         with recorder:
-            outputs = model.outputs(inputs)
+            outputs = model.evaluated(inputs)
+        model.check_outputs(outputs)  # not under the recorder, to which each question is a call
         return recorder.tape(outputs)
 
     evaluation = call(run)

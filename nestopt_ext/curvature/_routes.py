@@ -12,9 +12,10 @@ import torch
 
 from .. import _lists
 from .._types import TensorList
+from ._costs import Sizes, dual_costs, loop_costs, outputs_costs
 from ._dual import DualSpace
 from ._examples import Examples, find_examples
-from ._plan import MAX_DUAL_ROWS, Costs, Plan, Route, Sizes, Way, chosen, dual_costs, loop_costs, outputs_costs, planned
+from ._plan import MAX_DUAL_ROWS, Costs, Plan, Route, Way, chosen, planned
 from ._recording import Jacobian, Recording
 from ._tangent_kernel import TangentKernel
 from ._tape import MixesExamples
@@ -88,17 +89,6 @@ class Routes:
         """The span of the rows, where a series is faster in it."""
         return self.space() if self._way(num_terms) == "dual" else None
 
-    def for_outputs(self, num_terms: int) -> tuple[Recording, TangentKernel] | None:
-        """J and J J', where a series is faster in the space of the outputs."""
-        if self._way(num_terms) != "outputs":
-            return None
-        assert self._recording is not None
-        kept = self._kernel  # once: another thread may put another one there
-        if kept is None or kept.num_uses < num_terms:
-            with self._recording.reading():
-                self._kernel = kept = TangentKernel(self._recording.tape, num_terms)
-        return self._recording, kept
-
     def for_eigenvalue(self) -> DualSpace | None:
         """The same for the largest eigenvalue, which a series will follow."""
         return self._space or self.for_series(_PRODUCTS_FOR_EIGENVALUE)
@@ -113,6 +103,17 @@ class Routes:
         """The same for ``most`` rows."""
         self._ask()
         return self.space() if self._route != "loop" and self._rows <= most else None
+
+    def for_outputs(self, num_terms: int) -> tuple[Recording, TangentKernel] | None:
+        """J and J J', where a series is faster in the space of the outputs."""
+        if self._way(num_terms) != "outputs":
+            return None
+        assert self._recording is not None
+        kept = self._kernel  # once: another thread may put another one there
+        if kept is None or kept.num_uses < num_terms:
+            with self._recording.reading():
+                self._kernel = kept = TangentKernel(self._recording.tape, num_terms)
+        return self._recording, kept
 
     def space(self) -> DualSpace | None:
         """The span of the rows, made once; None where there is none."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -28,7 +28,7 @@ class Unrecordable(Exception):
     """Why a function cannot be recorded."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)  # not frozen: a model makes many, and that takes three times as long
 class Var:
     """A tensor of a recording: its value, without graph, and its place.
 
@@ -390,7 +390,7 @@ class Recorder(TorchFunctionMode):
         if not torch.is_grad_enabled():
             self._check_unwritten(func, args, kwargs)
             return self._noted(func(*args, **kwargs))
-        tensors = list(tensors_in((args, tuple(kwargs.values()))))
+        tensors = tensors_in((args, kwargs))
         found = [self._find(t) for t in tensors]
         if not any(found):
             return self._constant(func, args, kwargs, tensors)
@@ -413,7 +413,7 @@ class Recorder(TorchFunctionMode):
             return self._written(func, args, kwargs)
         if in_place:
             func = OUT_OF_PLACE[func]
-        made = self._recorded(func, args, kwargs)
+        made = self._recorded(func, args, kwargs, [t for t, var in zip(tensors, found, strict=True) if var is None])
         if made is NotImplemented:
             if in_place or _writes(name, kwargs):
                 raise Unrecordable(f"{name} writes in place")
@@ -426,18 +426,18 @@ class Recorder(TorchFunctionMode):
             return tuple(self._hand_out(node, value) for node, value in made)
         return self._hand_out(*made)
 
-    def _recorded(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What the rule of ``func`` makes of the operands."""
+    def _recorded(self, func: Any, args: Any, kwargs: Any, constants: TensorList) -> Any:
+        """What the rule of ``func`` makes of the operands, among them ``constants``."""
         record = RULES.get(func)
         if record is None:
             return NotImplemented
         if autocast_is_on():  # rules compute in the dtypes of their operands
             raise Unrecordable("autocast is on")
-        constants = [t for t in tensors_in((args, tuple(kwargs.values()))) if self._find(t) is None]
         for t in constants:
             if self._versions.get(t, t._version) != t._version:
                 raise Unrecordable(f"a tensor was changed in place before {_name(func)} used it again")
-        operands, named = self._operands(args), dict(zip(kwargs, self._operands(kwargs.values()), strict=True))
+        operands = [mapped(x, self._operand) for x in args]
+        named = {name: mapped(x, self._operand) for name, x in kwargs.items()}
         with torch.no_grad():
             try:
                 return record(*operands, **named)
@@ -449,7 +449,8 @@ class Recorder(TorchFunctionMode):
                 raise
             finally:
                 # What the function itself has written, running statistics, is its own business.
-                self._versions.update((t, t._version) for t in constants)
+                for t in constants:
+                    self._versions[t] = t._version
                 names = _COPIED[record]
                 given = inspect.signature(record).bind_partial(*args, **kwargs).arguments if names else {}
                 self._copied.update(id(given[name]) for name in names if name in given)
@@ -458,7 +459,7 @@ class Recorder(TorchFunctionMode):
         """With grad mode off everything is a constant, but the recorded memory must stay as it is."""
         name = _name(func)
         if func in OUT_OF_PLACE or _writes(name, kwargs):
-            targets = tensors_in((args[:1], tuple(kwargs.values())))
+            targets = tensors_in((args[:1], kwargs))
             if any(self._find(t) is not None for t in targets):
                 raise Unrecordable(f"{name} writes in place to a part of the recording")
 
@@ -511,7 +512,7 @@ class Recorder(TorchFunctionMode):
                     self._bind(t, self._var(Foreign(t.shape), t))
             return result
         variables: dict[int, Var] = {}
-        for t in tensors_in((args, tuple(kwargs.values()))):
+        for t in tensors_in((args, kwargs)):
             var = self._find(t)
             if var is not None and var.active:
                 variables[var.slot] = var
@@ -522,7 +523,7 @@ class Recorder(TorchFunctionMode):
             return t if var is None else leaves.get(var.slot, var.value)
 
         with torch.enable_grad():
-            result = func(*mapped(args, leaf), **dict(zip(kwargs, mapped(tuple(kwargs.values()), leaf), strict=True)))
+            result = func(*mapped(args, leaf), **mapped(kwargs, leaf))
         if any(result is leaf or result is t for t in leaves.values()):
             raise Unrecordable(f"{_name(func)} returns its argument")
         differentiable = [t for t in tensors_in((result,)) if t.requires_grad]
@@ -558,11 +559,8 @@ class Recorder(TorchFunctionMode):
         self.nodes.append(node)
         return var
 
-    def _operands(self, values: Any) -> list[Any]:
-        def operand(t: Tensor) -> Operand:
-            return self._find(t) or t.data
-
-        return list(mapped(tuple(values), operand))
+    def _operand(self, tensor: Tensor) -> Operand:
+        return self._find(tensor) or tensor.data
 
     def _hand_out(self, node: Node, value: Tensor) -> Tensor:
         """A tensor for the code that is recorded; one version counts for it, its views, and the value."""
@@ -689,7 +687,7 @@ def _check_plain(func: Any, tensor: Tensor, var: Var | None) -> None:
 def _check_slow(args: Any, kwargs: Any) -> None:
     """Not where a transformer leaves out its padding, with zeros in place: it does not while any mode is active."""
     fast = kwargs.get("key_padding_mask") is not None and not kwargs.get("training", True)
-    graph = torch.is_grad_enabled() and any(t.requires_grad for t in tensors_in((args, tuple(kwargs.values()))))
+    graph = torch.is_grad_enabled() and any(t.requires_grad for t in tensors_in((args, kwargs)))
     if fast and not graph:
         raise Unrecordable("a transformer without gradients may leave out its padding")
 
@@ -703,15 +701,21 @@ def _name(func: Any) -> str:
     return str(getattr(func, "__name__", func))
 
 
-def tensors_in(values: Any) -> Iterator[Tensor]:
+def tensors_in(values: Iterable[Any]) -> TensorList:
     """All tensors in nested tuples, lists and dicts."""
+    found: TensorList = []
     for value in values:
         if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from tensors_in(value)
+            found.append(value)
+        elif isinstance(value, _SEQUENCES):
+            found += tensors_in(value)
         elif isinstance(value, dict):
-            yield from tensors_in(value.values())
+            found += tensors_in(value.values())
+    return found
+
+
+#: As a tuple: a union would be made anew for each question.
+_SEQUENCES = (list, tuple)
 
 
 def mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:

@@ -52,6 +52,8 @@ class Hessian(CurvatureOperator):
     tensor([6., 2.])
     """
 
+    sums_terms = True
+
     def __init__(self, loss: Loss, params: Tensors, *, mode: Mode = "double-backward") -> None:
         flat, structure = _lists.flatten("Hessian", "params", params)
         check_params("Hessian", "params", structure.labels("params"), flat)

@@ -197,9 +197,11 @@ class _Softmax(LossHessian):
             diagonal = blocks.diagonal(dim1=1, dim2=2)
             diagonal.zero_().sub_(blocks.sum(2))  # p - p^2 without cancellation, as rows sum to zero
             weight = self._row_weight.view(-1, 1, 1)
-            ignored = weight == 0  # such a row may hold anything, and counts for nothing
-            blocks = (weight * blocks).masked_fill_(ignored, 0.0).to(logits.dtype)
-        return lambda u: torch.bmm(blocks, u.unsqueeze(2).masked_fill(ignored, 0.0)).squeeze(2)
+            # A row of no weight may hold anything, and counts for nothing.
+            blocks = (weight * blocks).masked_fill_(weight == 0, 0.0).to(logits.dtype)
+            counts = (self._row_weight != 0).unsqueeze(1).expand_as(logits).to(logits.dtype)
+        kept = torch.ops.aten.threshold_backward.default
+        return lambda u: torch.bmm(blocks, kept(u, counts, 0).unsqueeze(2)).squeeze(2)
 
     def _product(self, u: Tensor) -> Tensor:
         rows = _functions.softmax_hessian(self._rows(self.outputs), u.movedim(self._dim, -1), self._row_weight)

@@ -26,25 +26,6 @@ polynomial: a loss with known minima, along the ridges of its saddle
 shapes: a network on pictures in which each of three features tells the class, from its most symmetric saddle
 gan: a small GAN on a ring of Gaussians"""
 
-#: Flag, type, placeholder and help; what a game sets them to is in `nestopt_ext.experiments.ride.config`.
-_OPTIONS: tuple[tuple[str, type, str, str], ...] = (
-    ("--lr", float, "LR", "learning rate of the rides (a toy game 1, gan and polynomial 0.1, shapes 0.5)"),
-    ("--steps", int, "N", "steps of a ride"),
-    ("--starts", int, "N", "random starts, toy games (10)"),
-    ("--spread", float, "X", "their standard deviation, toy games (2; ipd 1)"),
-    ("--exponent-steps", int, "K", "steps over which an exponent is taken, games (10)"),
-    ("--ascent-steps", int, "N", "steps of the climb to the largest exponent, games"),
-    ("--ascent-lr", float, "X", "their length, games (0.1)"),
-    ("--directions", int, "N", "directions to branch along, not for polynomial"),
-    ("--step-size", float, "X", "length of a step along a ridge, polynomial and shapes"),
-    ("--noise", float, "X", "with which descents leave the saddle, polynomial and shapes (0.01)"),
-    ("--tau", float, "X", "share of matching pennies in mix (0.25)"),
-    ("--dim", int, "N", "variables of polynomial (2)"),
-    ("--images", int, "N", "training pictures of shapes, a multiple of 16 (512)"),
-    ("--modes", int, "N", "Gaussians of gan (4)"),
-    ("--width", int, "N", "units of a hidden layer, shapes (4) and gan (16)"),
-)
-
 
 def add(commands: Any) -> None:
     """Adds the parser of the command to the subparsers ``commands``."""
@@ -56,26 +37,64 @@ def add(commands: Any) -> None:
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--game", choices=GAMES, help=f"{' | '.join(GAMES)} (small-ipd)", metavar="NAME")
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, help="what rides a toy game (by the game)")
-    parser.add_argument("--order", choices=ORDERS, help="in which branches of polynomial are ridden (breadth)")
-    parser.add_argument(
-        "--branch-sizes", type=_numbers, metavar="X,...", help="first steps of the branches, games (0.5,1,2; gan 1)"
-    )
-    for flag, kind, placeholder, text in _OPTIONS:
-        parser.add_argument(flag, type=kind, metavar=placeholder, help=text)
-    parser.add_argument("--seed", type=int, metavar="N", help="of everything that is drawn (0)")
-    parser.add_argument(
+    what = parser.add_argument_group("which game")
+    what.add_argument("--game", choices=GAMES, help=f"{', '.join(GAMES)} (small-ipd)", metavar="NAME")
+    _add(what, "--tau", float, "X", "share of matching pennies in mix")
+    _add(what, "--dim", int, "N", "variables of polynomial")
+    _add(what, "--images", int, "N", "training pictures of shapes, a multiple of 16")
+    _add(what, "--modes", int, "N", "Gaussians of gan")
+    _add(what, "--width", int, "N", "units of a hidden layer, shapes and gan")
+
+    where = parser.add_argument_group("from where games are ridden")
+    _add(where, "--starts", int, "N", "random starts, toy games")
+    _add(where, "--spread", float, "X", "their standard deviation, toy games")
+    _add(where, "--exponent-steps", int, "K", "steps over which an exponent is taken")
+    _add(where, "--ascent-steps", int, "N", "steps of the climb to the largest exponent")
+    _add(where, "--ascent-lr", float, "X", "their length")
+    _add(where, "--branch-sizes", _numbers, "X,...", "first steps of the branches, to both sides of each direction")
+
+    how = parser.add_argument_group("how it is ridden")
+    how.add_argument("--optimizer", choices=OPTIMIZERS, help=f"what rides a toy game {_default('optimizer')}")
+    _add(how, "--lr", float, "LR", "learning rate of the rides, and of the descent at the end of a ridge")
+    _add(how, "--steps", int, "N", "steps of a ride, or of that descent")
+    _add(how, "--directions", int, "N", "directions to branch along, not for polynomial, which takes all")
+    _add(how, "--step-size", float, "X", "length of a step along a ridge, polynomial and shapes")
+    how.add_argument("--order", choices=ORDERS, help=f"in which branches of polynomial are ridden {_default('order')}")
+    _add(how, "--noise", float, "X", "with which rivals leave the saddle, polynomial and shapes")
+
+    run = parser.add_argument_group("the run")
+    run.add_argument("--seed", type=int, metavar="N", help="of everything that is drawn (0)")
+    run.add_argument(
         "--output",
         metavar="DIR",
         help="folder for what the run leaves (runs/ride-<game>-<seed>, with -run2 and so on when taken)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="start anew in an output folder that holds a run")
-    parser.add_argument(
-        "--resume", metavar="DIR", help="continue the run in DIR to the numbers of an uninterrupted one"
-    )
-    parser.add_argument("--quick", action="store_true", help="a small run of a few seconds, to see the whole path")
+    run.add_argument("--overwrite", action="store_true", help="start anew in an output folder that holds a run")
+    run.add_argument("--resume", metavar="DIR", help="continue the run in DIR to the numbers of an uninterrupted one")
+    run.add_argument("--quick", action="store_true", help="a small run of a few seconds, to see the whole path")
     parser.set_defaults(run=_run)
+
+
+def _add(group: Any, flag: str, kind: Any, placeholder: str, text: str) -> None:
+    name = flag.removeprefix("--").replace("-", "_")
+    group.add_argument(flag, type=kind, metavar=placeholder, help=f"{text} {_default(name)}")
+
+
+def _default(name: str) -> str:
+    """What the games set an option to, the value of most first, and the names of those with another one.
+
+    >>> _default("ascent_steps"), _default("tau")
+    ('(150; mix 20; gan 5)', '(0.25)')
+    """
+    games: dict[str, list[str]] = {}
+    for game in GAMES:
+        value = getattr(RideConfig(game).resolved(), name)
+        if value is not None:
+            told = ",".join(f"{x:g}" for x in value) if isinstance(value, tuple) else f"{value}".removesuffix(".0")
+            games.setdefault(told, []).append(game)
+    usual = max(games, key=lambda told: len(games[told]))
+    others = [f"{', '.join(names)} {told}" for told, names in games.items() if told != usual]
+    return f"({'; '.join([usual, *others])})"
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -261,6 +261,7 @@ class EigenRider(Rider):
             if callable(method.finish):
                 state = method.finish(before)
                 check_value(self._caller, "finish", state, before)
+                state = state.detach()
             else:
                 assert method.finish is not None
                 state = before - method.finish * self._gradient(before)

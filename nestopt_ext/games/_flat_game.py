@@ -79,7 +79,7 @@ class FlatGame:
         elif batch == 1:
             losses = tuple(loss.unsqueeze(0) for loss in self._call(*[t.squeeze(0) for t in tensors]))
         else:
-            losses = torch.func.vmap(self._call)(*tensors)
+            losses = self._mapped(tensors, batch)
         if len(losses) != len(self) or any(loss.shape != (batch,) for loss in losses):
             shapes = ", ".join(_lists.shape_name(loss.shape) for loss in losses)
             raise ValueError(
@@ -120,6 +120,19 @@ class FlatGame:
                     materialize_grads=True,
                 )
             ]
+
+    def _mapped(self, tensors: Sequence[Tensor], batch: int) -> tuple[Tensor, ...]:
+        try:
+            found: tuple[Tensor, ...] = torch.func.vmap(self._call)(*tensors)
+        except RuntimeError as error:
+            if "vmap" not in str(error):  # what the game itself raises
+                raise
+            raise RuntimeError(
+                f"{self.caller}: game.losses must be a function of the players alone, to be mapped over {batch} starts"
+                " by torch.vmap; got one that is not, as the error above says. Draw random numbers once, outside of it,"
+                f" use no dropout and batch norm in eval mode, or return losses of shape ({batch},)."
+            ) from error
+        return found
 
     def _call(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(self._players.call(self.game.losses, tensors))

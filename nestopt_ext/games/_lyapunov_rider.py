@@ -121,6 +121,7 @@ class LyapunovRider(Rider):
         with torch.no_grad():
             state = self._ride(before)
         check_value(self._caller, "ride", state, before)
+        state = state.detach()  # a map may take a gradient of its own, and keep its graph
         ended = {
             BranchStatus.converged: (state - before).norm(dim=1) <= self._method.tolerance,
             BranchStatus.completed: ride["steps"][rows] + 1 >= self._method.max_steps,

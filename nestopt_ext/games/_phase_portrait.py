@@ -9,13 +9,15 @@ from torch import Tensor
 
 from ..optim._arguments import check_real
 from ._linearized import Step
-from ._ride_looks import SolutionLooks, marked
+from ._ride_looks import NOWHERE, SolutionLooks, marked
 from .archive import Archive
 from .lyapunov import max_lyapunov_exponent
 from .maps import OptimizerMap
 
 #: Points of a way that are drawn, and so many of the first steps, which are long and where the curve bends.
-_POINTS, _FIRST = 400, 20
+_POINTS, _FIRST = 3000, 20
+#: Widths of the picture that the ways in it may be long.
+_LENGTH = 60.0
 #: Arrows along each side.
 _ARROWS = 16
 
@@ -23,7 +25,9 @@ _ARROWS = 16
 class Plane:
     """What part of the plane is drawn, in which coordinates: parameters, or their probabilities sigmoid(w)."""
 
-    def __init__(self, caller: str, step: Step, bounds: Any, *, probabilities: bool) -> None:
+    def __init__(
+        self, caller: str, step: Step, bounds: Any, *, probabilities: bool, dtype: torch.dtype | None = None
+    ) -> None:
         if bounds is None:
             if not probabilities:
                 raise ValueError(f"{caller}: bounds must be given unless in probabilities; got None.")
@@ -42,6 +46,7 @@ class Plane:
         self.step = step
         self.bounds = tuple((float(least), float(most)) for least, most in bounds)
         self._probabilities = probabilities
+        self._dtype = dtype or torch.float64
 
     def place(self, states: Tensor) -> Tensor:
         """Coordinates [..., 2] of states [..., S]."""
@@ -49,10 +54,12 @@ class Plane:
         return torch.sigmoid(parameters) if self._probabilities else parameters
 
     def started(self, states: Tensor) -> Tensor:
-        """States [N, S] for the step of states that another map may have made: parameters are kept."""
-        if not isinstance(self.step, OptimizerMap) or states.shape[1] == self.step.state_size:
-            return states
-        return self.step.start(states[:, :2])
+        """States [N, S] as the step takes them, of states that another map may have made: parameters are kept."""
+        if not isinstance(self.step, OptimizerMap):
+            return states.to(self._dtype)
+        if states.shape[1] != self.step.state_size:
+            return self.step.start(states[:, :2])
+        return states.to(self.step.start())  # the dtype and device of the players
 
     def middles(self, resolution: int) -> list[Tensor]:
         """The middles of so many cells along each axis."""
@@ -87,7 +94,7 @@ def draw_steps(axes: Any, plane: Plane) -> None:
     """An arrow for the direction of the step at some places."""
     states = plane.grid(_ARROWS)
     with torch.no_grad():
-        moves = (plane.place(plane.step(states)) - plane.place(states)).cpu()
+        moves = (plane.place(plane.step(states).detach()) - plane.place(states)).cpu()
     spans = torch.tensor([most - least for least, most in plane.bounds], dtype=moves.dtype)
     moves = moves / spans
     moves = moves / moves.norm(dim=1, keepdim=True)  # NaN, of which nothing is drawn, where it stands still
@@ -97,20 +104,42 @@ def draw_steps(axes: Any, plane: Plane) -> None:
 
 
 def draw_rides(axes: Any, plane: Plane, archive: Archive, looks: SolutionLooks, num_steps: int | None) -> None:
-    """The way of each branch in the color of its solution, and the star at its end."""
-    for branch, path in zip(archive.branches, _paths(plane, archive, num_steps), strict=True):
-        places, color = plane.place(path).cpu(), looks.color(branch.solution)
-        axes.plot(places[:, 0].numpy(), places[:, 1].numpy(), color="white", lw=2.6, alpha=0.7, zorder=3)
-        axes.plot(places[:, 0].numpy(), places[:, 1].numpy(), color=color, lw=1.4, zorder=4)
+    """The way of each branch in the color of its solution, or grey, where there is room, and the star at its end."""
+    if any(branch.solution is None for branch in archive.branches):
+        marked(axes, "no solution", color=NOWHERE, lw=1.4)
+    ways = [plane.place(path).cpu() for path in _paths(plane, archive, num_steps)]
+    for i in _drawn(plane, archive, ways):
+        (x, y), color = ways[i].T.numpy(), looks.color(archive.branches[i].solution)
+        axes.plot(x, y, color="white", lw=2.6, alpha=0.7, zorder=3)
+        axes.plot(x, y, color=color, lw=1.4, zorder=4)
+    for branch in archive.branches:
         if branch.solution is not None and branch.end is not None:
+            color = looks.color(branch.solution)
             _mark(axes, plane, branch.end, marker="*", ms=13, color=color, markeredgecolor="white", zorder=6)
+
+
+def _drawn(plane: Plane, archive: Archive, ways: list[Tensor]) -> list[int]:
+    """The branches whose ways are drawn: one for each solution, and others until one line hides the next."""
+    extent = torch.tensor([most - least for least, most in plane.bounds], dtype=torch.float64)
+    seen: set[int | None] = set()
+    first: list[int] = []
+    others: list[int] = []
+    for i, branch in enumerate(archive.branches):
+        (others if branch.solution in seen else first).append(i)
+        seen.add(branch.solution)
+    drawn, length = [], 0.0
+    for i in (*first, *others):
+        length += float((ways[i].diff(dim=0) / extent).norm(dim=1).sum())
+        if i in first or length <= _LENGTH:
+            drawn.append(i)
+    return drawn
 
 
 def draw_places(axes: Any, plane: Plane, archive: Archive) -> None:
     """Bifurcations, and the starts they were climbed to from."""
     assert archive.starts is not None
     marked(axes, "branching", ls="none", marker="D", ms=6.5, color="black", markeredgecolor="white")
-    climbed = False
+    climbed = bare = False
     for place in archive.bifurcations:
         _mark(axes, plane, place.state, marker="D", ms=6.5, color="black", markeredgecolor="white", zorder=8)
         start = archive.starts[place.start]
@@ -118,9 +147,12 @@ def draw_places(axes: Any, plane: Plane, archive: Archive) -> None:
             climbed = True
             line = plane.place(torch.stack([start[:2], place.state[:2]])).numpy()
             axes.plot(line[:, 0], line[:, 1], color="0.25", lw=0.9, ls=(0, (2, 2)), zorder=5)
-            _mark(axes, plane, start, marker="o", ms=6, color="white", markeredgecolor="black", zorder=7)
-    if climbed:
+            if not any(torch.equal(start[:2], other.state[:2]) for other in archive.bifurcations):
+                bare = True  # a diamond would hide it
+                _mark(axes, plane, start, marker="o", ms=6, color="white", markeredgecolor="black", zorder=7)
+    if bare:
         marked(axes, "start", ls="none", marker="o", ms=6, color="white", markeredgecolor="black")
+    if climbed:
         marked(axes, "climb (as the crow flies)", color="0.25", lw=0.9, ls=(0, (2, 2)))
 
 
@@ -146,7 +178,7 @@ def _paths(plane: Plane, archive: Archive, num_steps: int | None) -> list[Tensor
     points, numbers = [torch.stack(sources), state[:, :2].cpu()], [0, 0]
     with torch.no_grad():
         for number in range(1, max(steps) + 1):
-            state = plane.step(state)
+            state = plane.step(state).detach()
             if number % every == 0 or number < _FIRST or number in steps:
                 points.append(state[:, :2].cpu())
                 numbers.append(number)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from ._ride_looks import NOWHERE, SolutionLooks, marked
 from .archive import Archive, Bifurcation, Branch, BranchStatus
 
-#: Inches of a row, and of what is above and below them.
-_ROW, _REST = 0.19, 1.6
-_HIGHEST = 30.0
 #: Beyond so many rows, branches and solutions are no longer named.
 _NAMED = 100
+#: Inches of a row with names and without, and of what is above and below them.
+_ROW, _BARE_ROW, _REST = 0.19, 0.08, 1.6
+_HIGHEST = 30.0
 #: Where between two depths a branch comes to its row, and where it ends.
 _BEND, _END = 0.25, 0.9
 
@@ -66,7 +68,8 @@ class _Layout:
 
 def tree_height(archive: Archive) -> float:
     """Inches that the tree wants."""
-    return min(_HIGHEST, _REST + _ROW * max(8, _Layout(archive).num_rows))
+    rows = _Layout(archive).num_rows
+    return min(_HIGHEST, _REST + (_ROW if rows <= _NAMED else _BARE_ROW) * max(8, rows))
 
 
 def draw_tree(axes: Any, archive: Archive, looks: SolutionLooks) -> None:
@@ -111,13 +114,22 @@ def _place(axes: Any, archive: Archive, place: Bifurcation, depth: int, row: flo
         note = "failed" if place.same_as is None else f"as {_way(archive, archive.bifurcations[place.same_as])}"
         axes.text(depth + 0.05, row, note, fontsize=7, va="center")
     if place.parent is None:
-        axes.text(depth - 0.05, row, f"start {place.start}", fontsize=8, va="center", ha="right")
+        axes.text(depth - 0.05, row, _root(archive, place), fontsize=8, va="center", ha="right")
 
 
 def _way(archive: Archive, place: Bifurcation) -> str:
     """From which start, and along which directions, a bifurcation was reached."""
-    steps = [] if place.parent is None else archive.path(place.parent)
-    return ", ".join([f"start {place.start}", *map(_step, steps)])
+    if place.parent is None:
+        return _root(archive, place)
+    steps = archive.path(place.parent)
+    return ", ".join([_root(archive, archive.bifurcations[steps[0].bifurcation]), *map(_step, steps)])
+
+
+def _root(archive: Archive, place: Bifurcation) -> str:
+    """A start, or where the climb from there ended."""
+    assert archive.starts is not None
+    stayed = torch.equal(place.state, archive.starts[place.start])
+    return f"start {place.start}" if stayed else f"climb from {place.start}"
 
 
 def _explain(axes: Any, archive: Archive, layout: _Layout) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -118,8 +120,9 @@ class Solution:
 class Archive:
     """All that a :func:`~nestopt_ext.games.ridge_rider` has found, and where it is; it goes on from an archive.
 
-    ``starts`` [B, S] are the states from where it set out, ``bifurcations``, ``branches`` and ``solutions`` lists in
-    the order in which they were found, each record at the place of its id. Tensors are on the CPU.
+    ``starts`` [B, S] are the states from where it set out, ``bifurcations``, ``branches`` and ``solutions`` lists of
+    :class:`Bifurcation`, :class:`Branch` and :class:`Solution` in the order in which they were found, each record at
+    the place of its id. Tensors are on the CPU. :func:`plot_ride_tree` draws it.
 
     An archive is whole after every step of a ride, so that it can be saved at any time.
     """
@@ -207,7 +210,8 @@ class Archive:
         """The solutions as text, with the number of branches that ended at each.
 
         The last step is the length of it, of the first of these branches, the curvature the lowest eigenvalue at its
-        end, or bounds of it, if the method looks, and the fingerprint its way: rank and sign of each branch.
+        end, or bounds of it, if the method looks, and the fingerprint its way: rank and sign of each branch. Lines
+        below count the branches that came to no solution and were not branched from, and say why.
         """
         rows = [["solution", "losses", "last step", "curvature", "branches", "fingerprint"]]
         for found in self.solutions:
@@ -218,7 +222,25 @@ class Archive:
         if all(row[3] == "" for row in rows[1:]):
             rows = [[*row[:3], *row[4:]] for row in rows]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, *self._without_solution()])
+
+    def _without_solution(self) -> list[str]:
+        """Why there is no branch, or what became of those with neither a solution nor branches at their end."""
+        if not self.branches:
+            least = self._settings.get("min_curvature")
+            what = "direction to branch along" if least is None else f"curvature below -{least:g}, so no ridge"
+            return [f"no branches: no start has a {what}"] if self.bifurcations else ["nothing has been ridden yet"]
+        branched = {bifurcation.parent for bifurcation in self.bifurcations}
+        rest = [branch for branch in self.branches if branch.solution is None and branch.id not in branched]
+        still = [b.curvature[1] for b in rest if b.curvature is not None]
+        saddle = f"a saddle, curvature down to {min(still, default=math.nan):.2g}; raise max_depth or min_curvature"
+        unsaid = (BranchStatus.pending, BranchStatus.lost)
+        reasons = [b.status.message if b.status.failed or b.status in unsaid else saddle for b in rest]
+        total = len(self.branches)
+        return [
+            f"{count} of {total} branches without a solution: {reason}" for reason, count in Counter(reasons).items()
+        ]
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes everything to the file ``path`` at once: what was there stays whole until then.

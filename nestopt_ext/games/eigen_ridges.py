@@ -34,8 +34,9 @@ class EigenRidges:
         max_steps: steps of one ride along a ridge.
         num_directions: the most ridges of a point, those of most negative curvature; where one of each group is ridden,
             groups count. None is all, for which a problem may have up to 64 parameters.
-        min_curvature: :math:`\lambda < -` this makes a ridge. It is to be above what rounding makes of 0,
-            in float32 above all.
+        min_curvature: :math:`\lambda < -` this makes a ridge, and an end with one is no solution yet. It is to be above
+            what rounding makes of 0, in float32 above all. A network has some nearly everywhere: there take the order
+            of the start's, which ``Bifurcation.values`` holds, so that ``finish`` leads on from where less is left.
         min_overlap: in (0, 1], below which the ridge is lost: the cosine of the angle between e and the eigenspace, of
             equal eigenvalues, where it is found again. For planes see :func:`track`.
         repeated: "one" rides one ridge of each group of equal eigenvalues, which symmetries cause; "all" rides the

@@ -31,7 +31,8 @@ class LyapunovBranches:
             any distance up to about the largest.
         from_start: branch at the start as well. Exponents may rise toward infinity, where slow and fast motion lie side
             by side and no border near; an ascent that has run there leaves what was near its start behind.
-        num_directions: how many directions to branch along. A plane counts twice.
+        num_directions: how many directions to branch along. A plane counts twice. Directions in which nothing changes
+            have the exponent 0 and come before those that contract.
         directions: "lyapunov", the leading right singular vectors of the product of Jacobians along k steps, ranked by
             exponent. Or "eigenvectors", those of the Jacobian of F at w of the largest modulus, as far as it exceeds 1;
             a complex pair :math:`u \pm i q` has the directions u and what q has beside u.

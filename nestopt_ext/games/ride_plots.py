@@ -77,14 +77,15 @@ def plot_phase_portrait(
 
     Args:
         step: an :class:`OptimizerMap` of two parameters, whose buffers are zero in the picture, or a differentiable
-            function from [B, 2] to [B, 2].
+            function from [B, 2] to [B, 2], which is called on the CPU, in the dtype of the archive or in float64.
         path: the file; None for ``axes``.
         axes: Matplotlib axes to draw into, in place of a file; ``axes.legend()`` has the entries.
         bounds: the smallest and the largest value drawn of each of the two. None is (0, 1) for probabilities.
         probabilities: draws sigmoid(w) in place of w, for games of two logits.
         archive: its bifurcations (diamonds) and the starts they were found from, the ways that ``step`` takes from the
-            first step of each branch in the color of the solution that the ride found, and the solutions (stars). Rides
-            along ridges are no steps of a map, and are drawn straight from begin to end.
+            first step of each branch in the color of the solution that the ride found, or grey, and the solutions
+            (stars). Where there are more ways than can be told apart, one to each solution is drawn and others as there
+            is room. Rides along ridges are no steps of a map, and are drawn straight from begin to end.
         horizon: the steps over which exponents are taken, as for :func:`max_lyapunov_exponent`.
         resolution: cells along each side, all of which are one tensor program.
         num_steps: the most steps drawn of each way; None for all that the ride took.
@@ -102,11 +103,12 @@ def plot_phase_portrait(
         _check_count(caller, name, value, least)
     if num_steps is not None:
         _check_count(caller, "num_steps", num_steps, 1)
-    plane = Plane(caller, step, bounds, probabilities=probabilities)
-    looks = None
+    looks, dtype = None, None
     if archive is not None:
         _check_archive(caller, archive)
+        dtype = archive.bifurcations[0].state.dtype
         looks = SolutionLooks(caller, archive, labels, colors)
+    plane = Plane(caller, step, bounds, probabilities=probabilities, dtype=dtype)
     figure = None if path is None else new_figure(caller, 7.5, 6.4, title)
     drawn = axes if figure is None else figure.subplots()
     draw_exponents(drawn, plane, horizon, resolution)

@@ -62,8 +62,9 @@ def ridge_rider(
         order: "breadth" rides branches in the order in which they were found, "depth" the last ones first.
         batch_size: branches ridden at once, as one tensor program. None is all that are known for "breadth", a whole
             generation, and one for "depth".
-        key: what tells solutions apart, "losses", "parameters" or a function of states. None is by losses for
-            :class:`LyapunovBranches`, whose solutions may lie at infinity, where the map has any.
+        key: what tells solutions apart, "losses", "parameters" or a function of states to [N] or [N, K]. None is by
+            losses for :class:`LyapunovBranches`, whose solutions may lie at infinity, where the map has any: minima of
+            equal loss are one then. Else by parameters.
         distance: solutions whose keys are at most this far apart are one, a Euclidean norm.
         bifurcation_distance: the same for the states of bifurcations.
         max_depth: the most branches one after the other from a start. None for no bound: as long as the search finds
@@ -133,6 +134,8 @@ def _rider(caller: str, problem: Any, start: Any, method: Any, losses: Any, dive
     if isinstance(method, EigenRidges):
         if losses is not None:
             raise ValueError(f"{caller}: losses must be None with EigenRidges, whose problem has them; got a function.")
+        if isinstance(problem, OptimizerMap):
+            raise TypeError(f"{caller}: problem must be a loss or a game for EigenRidges; got a map. Pass its .game.")
         if not hasattr(problem, "players") and callable(problem):
             problem = LossGame(caller, problem, start)
         return EigenRider(caller, problem, method, divergence)

@@ -171,6 +171,8 @@ class InnerProblem:
 class _Matrix(LinearOperator):
     """The matrix of an equation on flat lists, averaged over the process group; its products need no checks."""
 
+    sums_terms = True
+
     def __init__(
         self, equation: Equation, params: TensorList, structure: _lists.Structure, group: ProcessGroup | None
     ) -> None:

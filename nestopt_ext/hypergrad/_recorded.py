@@ -23,6 +23,7 @@ from ..curvature._evaluation import observe
 from ..curvature._gradient import Gradient
 from ..curvature._program import Entry, Program, Recorder, compiled
 from ..curvature._program import Unfit as Unrecordable
+from ..curvature._series import sum_by_products
 from ..solvers._product import Product
 from ..solvers._solve import invert
 from ._batch import Batch
@@ -109,12 +110,23 @@ class Recorded:
 class _Matrix(LinearOperator):
     """The product as an operator."""
 
+    sums_terms = True
+
     def __init__(self, product: Callable[[TensorList], TensorList], params: TensorList, structure: Any) -> None:
         super().__init__(params, structure)
         self._product = product
 
     def flat_product(self, v: TensorList) -> TensorList:
         return self._product(v)
+
+    def flat_loop(
+        self, v: TensorList, num_terms: int, alpha: Tensor, damping: float, diagonal: TensorList | None = None
+    ) -> tuple[TensorList, Tensor] | None:
+        program = self._product
+        if diagonal is not None or not isinstance(program, Program):
+            return None
+        torch._foreach_copy_(program.inputs, v)
+        return sum_by_products(program.inputs, program.run, num_terms, alpha, damping)
 
 
 def _check(task: Task, batch: Batch) -> None:

@@ -145,7 +145,8 @@ def estimate_cost(
 
     ``solver`` and ``curvature`` are as in :func:`hypergradient`; of a curvature of one's own a product counts as one,
     whatever it does, and its own memory does not. A series that an operator sums
-    in the span of its examples takes none; what it takes instead its ``plan()`` says.
+    in the span of its examples takes none; its memory, and that of one in the space of the outputs, is as its
+    ``plan()`` says.
 
     Returns a :class:`Cost`; ``print`` it to read it. For a solver that is not one of this package, products, vectors
     and what follows from them are None. Nothing is modified, as with :func:`hypergradient`. Raises TypeError or
@@ -216,9 +217,12 @@ def _work(solver: Solver, size: int, curvature: MatVec | None) -> _Work | None:
     work = None if count is None else count(solver, size, known)
     if work is not None and isinstance(solver, Neumann) and isinstance(curvature, CurvatureOperator):
         plan = curvature.plan(solver.num_terms)
-        if plan.route == "dual" and solver.preconditioner is None:
-            # The right-hand side, the sum, and a multiple of the former.
+        if solver.preconditioner is not None:
+            return work
+        if plan.route == "dual":  # the right-hand side, the sum, and a multiple of the former
             return _Work(work.products - solver.num_terms, 3, plan.dual_memory or 0)
+        if plan.route == "outputs":  # the right-hand side and the sum
+            return _Work(work.products, 2, plan.outputs_memory or 0)
     return work
 
 

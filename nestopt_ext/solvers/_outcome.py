@@ -19,8 +19,8 @@ from ._system import System
 
 _WORST_LAST = list(Status)
 
-#: A bound this far below the end of a dtype holds whatever rounding adds in 10^7 terms, and for multiples on the way.
-_MARGIN = 2.0**-20
+#: A bound this far below the end of a dtype holds whatever rounding adds in 10^7 terms.
+_MARGIN = 0.25
 
 
 class Solver(Protocol):

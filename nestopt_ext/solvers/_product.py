@@ -122,6 +122,11 @@ class Product:
             return vector
         return [t.to(dtype) for t, dtype in zip(vector, self._dtypes, strict=True)]
 
+    @property
+    def sums_terms(self) -> bool:
+        """Whether the norms that :meth:`loop` gives bound its sum."""
+        return self._operator is not None and self._operator.sums_terms
+
     def largest_eigenvalue(self) -> Tensor | None:
         return None if self._operator is None else self._operator.largest_eigenvalue()
 

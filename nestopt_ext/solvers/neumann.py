@@ -159,6 +159,7 @@ def series(
     is_bounded = found is None
     if found is None and preconditioner is None and rtol == 0 and system.columns is None:
         found = _by_steps(system, num_terms, step, damping)
+        is_bounded = found is None or system.product.sums_terms
     limit = None
     if found is None:
         start = factor.start() if start is None else start

@@ -50,7 +50,7 @@ class Rectifier(Node):
         return accumulated(self._passed(cotangent), into)
 
     def _passed(self, t: Tensor | None) -> Tensor:
-        result: Tensor = torch.ops.aten.threshold_backward(t, self.value, 0)
+        result: Tensor = torch.ops.aten.threshold_backward.default(t, self.value, 0)
         return result
 
     def batch_dim(self, dims: Sequence[int | None], batch: int) -> int | None:
@@ -173,13 +173,13 @@ def softplus(input: Operand, beta: float = 1.0, threshold: float = 20.0) -> Any:
 @rule(torch.tanh, Tensor.tanh, F.tanh)
 def tanh(input: Operand) -> Any:
     value = value_of(input).tanh()
-    return FromValue(input, value, torch.ops.aten.tanh_backward), value
+    return FromValue(input, value, torch.ops.aten.tanh_backward.default), value
 
 
 @rule(torch.sigmoid, Tensor.sigmoid, F.sigmoid)
 def sigmoid(input: Operand) -> Any:
     value = value_of(input).sigmoid()
-    return FromValue(input, value, torch.ops.aten.sigmoid_backward), value
+    return FromValue(input, value, torch.ops.aten.sigmoid_backward.default), value
 
 
 @rule(torch.exp, Tensor.exp)

@@ -34,7 +34,7 @@ _GENERALIZED: dict[str, Any] = {
     "exponent_steps": 10,
     "ascent_steps": 150,
     "ascent_lr": 0.1,
-    "branch_sizes": (0.5, 1.0, 2.0),
+    "branch_sizes": (0.5, 1.0, 2.0, 4.0, 8.0),
     "directions": 1,
     "steps": 1500,
 }
@@ -44,10 +44,11 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "random-subspace-ipd": _GENERALIZED,
     # Ten steps see no farther than the fast outer parts of the spiral, and the climb runs off along them.
     "mix": {
-        **_GENERALIZED, "optimizer": "extragradient", "exponent_steps": 50, "ascent_steps": 20,
-        "branch_sizes": (1.0, 2.0, 4.0), "steps": 3500, "tau": 0.25,
+        **_GENERALIZED, "optimizer": "extragradient", "exponent_steps": 50, "ascent_steps": 20, "directions": 2,
+        "steps": 3500, "tau": 0.25,
     },
-    "matching-pennies": {**_GENERALIZED, "optimizer": "extragradient", "steps": 3000},
+    # One solution, which takes ever longer to come back to from afar.
+    "matching-pennies": {**_GENERALIZED, "optimizer": "extragradient", "branch_sizes": (0.5, 1.0, 2.0), "steps": 3000},
     "ipd": {**_GENERALIZED, "optimizer": "lola", "spread": 1.0, "directions": 2, "steps": 1000},
     "polynomial": {"dim": 2, "order": "breadth", "step_size": 0.05, "lr": 0.1, "noise": 0.01, "steps": 500},
     "shapes": {
@@ -68,8 +69,9 @@ class RideConfig:
     game: one of `GAMES`. optimizer, lr: what rides a game, and the descent that finishes the ride of a loss.
     starts: random ones, each a search of its own, drawn from N(0, spread^2). exponent_steps: k, over which the
     exponent is taken. ascent_steps, ascent_lr: of the climb to its largest value. branch_sizes: displacements to both
-    sides along each of so many ``directions``. steps: of a ride. step_size, order: of a ridge. noise: standard
-    deviation with which descents leave the saddle that it is compared with. tau: of the mixed game.
+    sides along each of so many ``directions``, from the start and from the end of the climb. steps: of a ride.
+    step_size, order: of a ridge. noise: standard deviation with which descents leave the saddle that it is compared
+    with. tau: of the mixed game.
     dim: variables of the polynomial. images: training images. modes: Gaussians. width: hidden units.
     """
 

@@ -1,7 +1,8 @@
 """Branches of a small GAN: which modes of a ring of Gaussians it covers is decided where neighbours part fastest.
 
 The GAN of `nestopt_ext.experiments.games.mixture_gan`, on one fixed batch, so that descent is a map: from one start it
-has one end. Solutions are told apart by the set of modes that the generator covers.
+has one end. Solutions are told apart by the set of modes that the generator covers. Almost any displacement changes
+it: noise of the same length, and random starts, find as many sets as branches along the leading directions do.
 """
 
 import math
@@ -15,7 +16,7 @@ from ..games.mixture_config import MixtureConfig
 from ..games.mixture_gan import MixtureGame, Ring, Stream, generate, networks
 from ..games.mixture_scores import coverage
 from .config import RideConfig
-from .rivals import beside_bifurcations
+from .rivals import beside_bifurcations, num_searches
 from .study import Rival, Study
 
 _BATCH = 256
@@ -38,13 +39,14 @@ def gan_study(config: RideConfig) -> Study:
         max_steps=c.steps,
         horizon=c.exponent_steps,
         sizes=c.branch_sizes,
+        from_start=False,
         num_directions=c.directions,
         ascent_steps=c.ascent_steps,
         ascent_lr=c.ascent_lr,
     )
 
     def gradients(archive: Archive) -> int:
-        return len(archive.bifurcations) * ascents * evaluation + archive.num_steps
+        return (num_searches(archive) * ascents + len(archive.bifurcations)) * evaluation + archive.num_steps
 
     def equal(archive: Archive) -> int:
         return max(1, gradients(archive) // steps)

@@ -1,6 +1,6 @@
 """What a reader of a ride is told: the table of solutions, and sentences."""
 
-from ...games import EigenRidges
+from ...games import EigenRidges, LyapunovBranches
 from .results import RideResult
 
 
@@ -38,6 +38,11 @@ def findings(result: RideResult) -> list[str]:
     failed = sum(branch.status.failed for branch in archive.branches)
     if failed:
         lines.append(f"{_many(failed, 'branch')} left the bounds or overflowed, without an end.")
+    if isinstance(result.study.method, LyapunovBranches):
+        lines.append(
+            f"An end counts where it is after {result.study.method.max_steps:,} steps, settled or on its way; more"
+            " (--steps) merge those on their way."
+        )
     if isinstance(result.study.method, EigenRidges):
         least = -result.study.method.min_curvature
         undecided = sum(b.curvature is not None and b.curvature[0] < least <= b.curvature[1] for b in archive.branches)

@@ -6,6 +6,11 @@ from torch import Tensor
 from ...games import Archive, OptimizerMap
 
 
+def num_searches(archive: Archive) -> int:
+    """Searches for bifurcations, one from each start and each end that a ride went on from; each may find several."""
+    return len({(b.start, b.parent) for b in archive.bifurcations})
+
+
 def beside_bifurcations(step: OptimizerMap, archive: Archive, std: float, count: int, seed: int) -> Tensor:
     """``count`` states near the first bifurcations of a ride in turn, displaced by N(0, std^2) in every parameter."""
     roots = torch.stack([b.state for b in archive.bifurcations if b.parent is None and not b.status.failed])

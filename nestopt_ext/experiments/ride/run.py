@@ -1,8 +1,7 @@
 """A run of `ride`: the ride, with a checkpoint, and then the descents that it is compared with."""
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from ..._checkpoint import CheckpointError
 from ..._json_log import JsonLog
 from ...games import Archive, ridge_rider
+from ..resources import cpu_threads
 from ..run_folder import CHECKPOINT, LOG
 from ..tune import Interrupted, Progress
 from .config import TOY_GAMES, RideConfig
@@ -47,7 +47,7 @@ def ride(
     run, when ``output`` holds one and ``resume`` was not asked for, or when it is to be continued without ``output``.
     """
     config = config.resolved()
-    with _one_thread():
+    with cpu_threads(1):  # so short are the steps that threads would only wait for each other
         return _Run(config, output, resume, should_stop, progress).run()
 
 
@@ -185,14 +185,3 @@ class _Run:
         if self.path is not None and self.path.exists():
             raise CheckpointError(f"{self.path}: is there already. Continue with resume=True, or give another output.")
         return Archive()
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """So short are the steps that threads would only wait for each other; the setting of the process comes back."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

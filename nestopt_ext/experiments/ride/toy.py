@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...games import Archive, Game, LyapunovBranches, OptimizerMap, extragradient_map, lola_map, sgd_map, zoo
 from .config import RideConfig
-from .rivals import anywhere, beside_bifurcations
+from .rivals import anywhere, beside_bifurcations, num_searches
 from .study import Rival, Study
 
 _MAPS: dict[str, Callable[[Game, float], OptimizerMap]] = {
@@ -96,8 +96,8 @@ def toy_study(config: RideConfig) -> Study:
     )
 
     def gradients(archive: Archive) -> int:
-        climbs = len(archive.bifurcations) * ascents
-        return cost * (climbs * exponent_gradients(c, step.num_parameters) + archive.num_steps)
+        looks = num_searches(archive) * ascents + len(archive.bifurcations)
+        return cost * (looks * exponent_gradients(c, step.num_parameters) + archive.num_steps)
 
     def equal(archive: Archive) -> int:
         """As many descents as cost what the ride did."""
