@@ -282,6 +282,7 @@ def test_checkpoint_of_another_run_is_refused(run_folder):
         ({"branch_sizes": (-1.0,)}, "--branch-sizes must be > 0"),
         ({"optimizer": "adam"}, "--optimizer must be one of"),
         ({"tau": 0.5}, "--tau is no option of --game small-ipd"),
+        ({"game": "shapes", "images": 8}, "--images must be a multiple of 16; got 8"),
         ({"game": "mix", "tau": 1.5}, "--tau must be from 0 to 1"),
         ({"seed": 2**32}, "--seed must be below"),
     ],

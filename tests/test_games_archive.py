@@ -84,6 +84,43 @@ def test_a_file_that_is_none_is_refused(tmp_path, deep):
         Archive.load(path)
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("pending", None, ["x"]),
+        ("pending", None, [10**6]),
+        ("settings", None, []),
+        ("starts", None, 3),
+        ("ride", None, {}),
+        ("search", None, 3),
+        ("branches", None, torch.zeros(3)),
+        ("branches", "id", {"rows": [], "values": []}),
+        ("branches", "direction", ["x"]),
+        ("branches", "status", [{"status": "best"}]),
+        ("bifurcations", "parent", [10**6]),
+        ("solutions", "branches", [3]),
+        ("ride", "ids", [10**6]),
+        ("ride", "state", 5),
+        ("ride", "steps", torch.zeros(1)),
+    ],
+)
+def test_a_file_whose_parts_do_not_go_together_is_refused(tmp_path, part, name, value):
+    asked = iter([False, True])
+    method = EigenRidges(step=0.2, max_steps=3)
+    begun = ridge_rider(lambda w: -w.square().sum(1), torch.zeros(1, 2), method, should_stop=lambda: next(asked))
+    path = tmp_path / "ride.pt"
+    begun.save(path)
+    state = torch.load(path, weights_only=True)
+    if name is None:
+        state[part] = value
+    else:
+        whole = state[part].get(name) if state[part] else None
+        state[part] = {**state[part], name: value * len(whole) if isinstance(value, list) and whole else value}
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match="is not an archive of a ride"):
+        Archive.load(path)
+
+
 def test_records_stand_at_their_ids_and_know_their_way(deep):
     for records in (deep.bifurcations, deep.branches, deep.solutions):
         assert [record.id for record in records] == list(range(len(records)))

@@ -193,6 +193,29 @@ def test_starts_that_blow_up_are_nan_and_spare_the_others():
     ]
 
 
+@pytest.mark.parametrize("size", [2, 70])
+def test_starts_that_are_not_finite_are_nan_where_the_jacobian_is_constant(size):
+    start = torch.ones(3, size, dtype=F64)
+    start[0, 0], start[1, 1] = torch.nan, torch.inf
+    direction = torch.ones(size, dtype=F64)
+    exponents = [
+        max_lyapunov_exponent(lambda x: 2 * x, start, num_steps=3).exponent,
+        lyapunov_exponents(lambda x: 2 * x, start, num_steps=3, direction=direction)[:, 0],
+    ]
+    if size == 2:
+        exponents.append(max_lyapunov_exponent(lambda x: 2 * x, start, num_steps=3, per_step=True).exponent)
+    for found in exponents:
+        assert found[:2].isnan().all()
+        assert found[2].item() == pytest.approx(2 * math.log(2))
+
+
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+def test_lengths_whose_squares_leave_the_range_of_float32(size):
+    stretch = torch.tensor([size, 0.0])
+    found = lyapunov_exponents(lambda x: x * stretch, torch.zeros(1, 2), num_steps=3)
+    assert found.item() == pytest.approx(2 * math.log(size), rel=1e-6)
+
+
 def test_nothing_left_of_a_direction_is_minus_infinity():
     flat = torch.diag(torch.tensor([1.0, 0.0], dtype=F64))
     start = torch.zeros(1, 2, dtype=F64)
@@ -392,6 +415,16 @@ def test_ascent_on_small_ipd_ends_at_the_published_point():
     assert not found.start.requires_grad
 
 
+def test_ascent_takes_gradients_where_none_are_kept():
+    step = sgd_map(small_ipd(), 1.0)
+    start = torch.tensor([[0.0, 0.5]], dtype=F64)
+    wanted = max_lyapunov_start(step, start, num_steps=5, max_steps=3)
+    with torch.no_grad():
+        found = max_lyapunov_start(step, start, num_steps=5, max_steps=3)
+    assert torch.equal(found.start, wanted.start)
+    assert not torch.equal(found.start, start)
+
+
 def test_ascent_moves_parameters_and_leaves_buffers():
     step = momentum_map(mix(), 1.0, 0.5)
     start = step.start(torch.zeros(2, 2, dtype=F64))
@@ -470,6 +503,16 @@ BAD = [
         lambda: lyapunov_exponents(IDENTITY, START, num_steps=2, direction=START),
         ValueError,
         "direction must be finite and not zero",
+    ),
+    (
+        lambda: lyapunov_exponents(IDENTITY, START, num_steps=2, direction=torch.tensor([torch.inf, 0.0, 1.0])),
+        ValueError,
+        "direction must be finite and not zero",
+    ),
+    (
+        lambda: lyapunov_exponents(IDENTITY, START, num_steps=2, direction=torch.tensor([1j, 0.0, 1.0])),
+        TypeError,
+        "direction must be real; got complex64",
     ),
     (lambda: lyapunov_exponents(IDENTITY, START, num_steps=2, recompute=1), TypeError, "recompute must be a bool"),
     (lambda: max_lyapunov_exponent(lambda x: x[:1], START, num_steps=2), ValueError, "step must return a tensor like"),

@@ -320,6 +320,17 @@ def test_leading_eigenpairs_of_a_large_state_come_from_products():
     assert residual.abs().max() < 1e-8
 
 
+def test_searches_draw_on_the_cpu_whatever_the_default_device():
+    stretch = torch.linspace(1, 2, 70, dtype=F64)
+    state = torch.zeros(1, 70, dtype=F64)
+    method = games.EigenRidges(num_directions=1, max_steps=1, step=0.1)
+    with torch.device("meta"):
+        pairs = leading_singular_pairs(map_jacobian(lambda x: x * stretch, state))
+        found = games.ridge_rider(lambda w: -w.square().sum(1), state, method, max_depth=1, max_branches=1)
+    assert pairs.values.item() == pytest.approx(2.0)
+    assert found.branches[0].value.real == pytest.approx(-2.0)
+
+
 def test_singular_pairs_of_many_matrices():
     matrices = torch.randn(7, 5, 5, dtype=F64, generator=generator(4))
     found = leading_singular_pairs(map_jacobian(linear(matrices), torch.zeros(7, 5, dtype=F64)), 2)
@@ -436,6 +447,16 @@ def test_lines_are_told_apart_when_eigenvalues_change_places():
     assert flipped.overlap.item() == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("angle", [0.3, 1.2, 2.0])
+def test_the_plane_that_a_line_becomes_begins_along_the_line(angle):
+    line = torch.tensor([math.cos(angle), math.sin(angle), 0.0], dtype=F64)
+    turn = torch.tensor([[[0.0, -2.0, 0.0], [2.0, 0.0, 0.0], [0.0, 0.0, 1.0]]], dtype=F64)
+    before = eigenspace(leading_eigenpairs((torch.eye(3, dtype=F64) + torch.outer(line, line))[None]))
+    space = track(leading_eigenpairs(turn), before)
+    torch.testing.assert_close(space.basis[0, :, 0], before.basis[0, :, 0])
+    assert space.dim.item() == 2
+
+
 def test_a_space_that_is_lost_says_so():
     space = eigenspace(leading_eigenpairs(torch.diag(torch.tensor([2.0, 1.0], dtype=F64)).repeat(2, 1, 1)))
     turned = torch.tensor([[1.5, 0.5], [0.5, 1.5]], dtype=F64)
@@ -450,6 +471,13 @@ def test_a_space_that_is_lost_says_so():
 STATE = torch.zeros(2, 2, dtype=F64)
 DIAGONAL = torch.eye(2, dtype=F64)[None]
 
+
+@pytest.mark.parametrize("make", [sgd_map, extragradient_map, lola_map, lambda game, lr: momentum_map(game, lr, 0.5)])
+def test_a_learning_rate_in_a_tensor_leaves_the_dtype(make):
+    step = make(games.small_ipd(dtype=torch.float32), torch.ones(1, dtype=F64))
+    assert step(step.start(torch.zeros(1, 2))).dtype == torch.float32
+
+
 BAD = [
     (lambda: sgd_map(3, 0.1), TypeError, "sgd_map: game must have players and losses"),
     (lambda: sgd_map(games.small_ipd(), -1.0), ValueError, "sgd_map: lr must be finite and >= 0"),
@@ -457,6 +485,7 @@ BAD = [
     (lambda: lola_map(games.small_ipd(), math.nan), ValueError, "lola_map: lr must be finite"),
     (lambda: extragradient_map(games.small_ipd(), None), TypeError, "extragradient_map: lr must be a number"),
     (lambda: sgd_map(games.small_ipd(), 1.0)(STATE[:, :1]), ValueError, r"state must have shape \(B, 2\) or \(2,\)"),
+    (lambda: sgd_map(games.small_ipd(), 1.0)(STATE[:0]), ValueError, r"state must have shape \(B, 2\) or \(2,\)"),
     (lambda: sgd_map(games.small_ipd(), 1.0)(STATE.float()), TypeError, "state must be float64 on cpu"),
     (lambda: sgd_map(games.small_ipd(), 1.0)([0.0]), TypeError, "state must be a tensor; got list"),
     (lambda: sgd_map(games.small_ipd(), 1.0).start(STATE[:, :1]), ValueError, r"players must have shape \(B, 2\)"),
@@ -467,6 +496,7 @@ BAD = [
     (lambda: map_jacobian(lambda x: x[:1], STATE), ValueError, r"step must return a tensor like the state, \(2, 2\)"),
     (lambda: map_jacobian(lambda x: 3, STATE), TypeError, "step must return a tensor like the state; got int"),
     (lambda: map_jacobian(lambda x: x, STATE)(STATE[0]), ValueError, r"v must have shape \(2, 2\)"),
+    (lambda: map_jacobian(lambda x: x, STATE)(STATE[:, :, None][:, :, :0]), ValueError, r"v must have shape \(2, 2\)"),
     (lambda: map_jacobian(lambda x: x, STATE).transpose(3), TypeError, "u must be a tensor"),
     (lambda: leading_eigenpairs(DIAGONAL[0]), ValueError, r"jacobian must have shape \(B, S, S\)"),
     (lambda: leading_eigenpairs(DIAGONAL, 3), ValueError, "k must be between 1 and 2"),

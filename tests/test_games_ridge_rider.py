@@ -1,5 +1,6 @@
 """Ridge Rider in both forms: what it finds on problems whose solutions are known, and how it goes on and fails."""
 
+import copy
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from nestopt_ext.games import (
     EigenRidges,
     LyapunovBranches,
     extragradient_map,
+    ipd,
     lola_map,
     matching_pennies,
     max_lyapunov_exponent,
@@ -550,6 +552,14 @@ def test_failures_are_recorded_and_stay_alone():
         ({"start": torch.zeros(65)}, ValueError, "ridge_rider: num_directions must be given for more than 64"),
         ({"key": lambda w: w.sum()}, ValueError, "ridge_rider: key must return a tensor with"),
         ({"key": lambda w: w / 0}, ValueError, "ridge_rider: key must be finite"),
+        ({"key": lambda w: w[:, :0]}, ValueError, "ridge_rider: key must return a tensor with"),
+        ({"key": lambda w: torch.complex(w, w)}, ValueError, "ridge_rider: key must return a tensor with"),
+        ({"progress": "no"}, TypeError, "ridge_rider: progress must be a bool; got 'no'"),
+        (
+            {"method": EigenRidges(step=0.2, finish=lambda w: w[:, :1])},
+            ValueError,
+            "ridge_rider: finish must return a tensor like the state, (8, 2)",
+        ),
         ({"archive": 3}, TypeError, "ridge_rider: archive must be None or an Archive; got int"),
         ({"losses": wells}, ValueError, "ridge_rider: losses must be None with EigenRidges"),
         ({"should_stop": True}, TypeError, "ridge_rider: should_stop must be None or callable; got bool"),
@@ -560,6 +570,109 @@ def test_bad_arguments(options, error, message):
     with pytest.raises(error) as caught:
         ridge_rider(arguments.pop("problem"), arguments.pop("start"), arguments.pop("method"), **arguments)
     assert message in str(caught.value)
+
+
+def plane(x):
+    return 2 * x - x**3
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"key": "losses"}, ValueError, "ridge_rider: key must not be losses where there are none"),
+        ({"losses": lambda x: ()}, ValueError, "ridge_rider: losses must return a tensor of shape (B,)"),
+        ({"losses": lambda x: (1.0, 2.0)}, ValueError, "ridge_rider: losses must return a tensor of shape (B,)"),
+        ({"losses": lambda x: (x[:, 0], x)}, ValueError, "ridge_rider: losses must return a tensor of shape (B,)"),
+        ({"losses": lambda x: x[:, 0] / 0}, ValueError, "ridge_rider: losses must be finite at a finite state"),
+        ({"ride": lambda x: x[:, :1]}, ValueError, "ridge_rider: ride must return a tensor like the state, (4, 2)"),
+        ({"ride": lambda x: x.float()}, ValueError, "ridge_rider: ride must return a tensor like the state, (4, 2)"),
+        ({"ride": lambda x: None}, TypeError, "ridge_rider: ride must return a tensor like the state; got None"),
+    ],
+)
+def test_bad_arguments_of_a_search_by_exponents(options, error, message):
+    ride = options.get("ride")
+    method = LyapunovBranches(max_steps=3, ascent_steps=1, sizes=(1.0,), ride=ride)
+    start = torch.tensor([[0.5, 0.4]], dtype=F64)
+    with pytest.raises(error) as caught:
+        ridge_rider(plane, start, method, **{name: value for name, value in options.items() if name != "ride"})
+    assert message in str(caught.value)
+
+
+def test_a_ride_by_the_map_of_another_game_is_refused():
+    method = LyapunovBranches(ride=sgd_map(ipd(), 1.0))
+    with pytest.raises(ValueError, match="ride must be a map of 2 parameters, as the problem; got one of 10"):
+        ridge_rider(sgd_map(small_ipd(), 1.0), None, method)
+
+
+def still(x):
+    return x + 0 * x**2
+
+
+@pytest.mark.parametrize(("name", "value", "count"), [("distance", 1.0, 1), ("distance", 0.99, 2)])
+def test_solutions_at_the_distance_are_one(name, value, count):
+    method = LyapunovBranches(max_steps=1, ascent_steps=0, sizes=(0.5,))
+    found = ridge_rider(still, torch.zeros(1, 1, dtype=F64), method, max_depth=1, **{name: value})
+    assert len(found.solutions) == count
+
+
+@pytest.mark.parametrize(("bound", "status"), [(4.0, BranchStatus.converged), (3.99, BranchStatus.diverged)])
+def test_a_branch_at_the_bound_has_not_diverged(bound, status):
+    method = LyapunovBranches(max_steps=2, ascent_steps=0, sizes=(4.0,))
+    found = ridge_rider(still, torch.zeros(1, 1, dtype=F64), method, max_depth=1, divergence=bound)
+    assert {branch.status for branch in found.branches} == {status}
+
+
+def test_all_of_the_steps_allowed_are_taken():
+    method = LyapunovBranches(max_steps=5, ascent_steps=0, sizes=(0.5,))
+    start = torch.zeros(1, 2, dtype=F64)
+    assert ridge_rider(plane, start, method, max_depth=1, max_steps=6).num_steps == 6
+    assert ridge_rider(plane, start, method, max_depth=1, max_steps=5).num_steps == 4
+
+
+def test_depth_first_begins_with_the_leading_direction_of_the_first_start():
+    start = torch.zeros(2, 2, dtype=F64)
+    start[1] = 0.1
+    found = ridge_rider(wells, start, EigenRidges(step=0.2, max_steps=1), order="depth", max_branches=1)
+    assert [b.id for b in found.branches if b.steps] == [0]
+    assert (found.branches[0].start, found.branches[0].rank, found.branches[0].sign) == (0, 0, 1)
+
+
+def test_a_key_keeps_its_width():
+    method = LyapunovBranches(max_steps=3, ascent_steps=0, sizes=(0.5, 1.0))
+    widths = iter([2, 1])
+    with pytest.raises(ValueError, match="key must return 2 columns, as it did before"):
+        ridge_rider(plane, torch.zeros(1, 2, dtype=F64), method, key=lambda x: x[:, : next(widths)], batch_size=2)
+
+
+@pytest.mark.parametrize("finish", [None, 0.3])
+def test_a_loss_of_one_parameter(finish):
+    method = EigenRidges(step=0.05, finish=finish)
+    found = ridge_rider(wells, torch.zeros(1, dtype=F64), method)
+    assert sorted(round(solution.state.item()) for solution in found.solutions) == [-1, 1]
+
+
+def test_starts_are_memory_of_the_archive_without_graph():
+    start = torch.tensor([[0.5, 0.4]], dtype=F64, requires_grad=True)
+    by_exponents = LyapunovBranches(max_steps=3, ascent_steps=1)
+    for problem, method in ((plane, by_exponents), (wells, EigenRidges(step=0.2, max_steps=3))):
+        found = ridge_rider(problem, start, method, max_branches=2)
+        wanted = start.detach().clone()
+        with torch.no_grad():
+            start.add_(1.0)
+        assert torch.equal(found.starts, wanted)
+        assert torch.equal(copy.deepcopy(found).starts, wanted)
+    with torch.inference_mode():
+        start = torch.zeros(1, 2, dtype=F64)
+    assert ridge_rider(plane, start, by_exponents, max_branches=2).solutions
+
+
+def test_a_search_under_no_grad_is_the_same():
+    step, method = sgd_map(small_ipd(), 1.0), LyapunovBranches(max_steps=3, ascent_steps=3)
+    start = torch.tensor([0.5, 0.5], dtype=F64)
+    wanted = ridge_rider(step, start, method, max_depth=1)
+    with torch.no_grad():
+        found = ridge_rider(step, start, method, max_depth=1)
+    assert [b.state.tolist() for b in found.bifurcations] == [b.state.tolist() for b in wanted.bifurcations]
 
 
 @pytest.mark.parametrize(
@@ -587,3 +700,10 @@ def test_an_archive_goes_on_with_what_it_came_from_only():
         ridge_rider(wells, None, EigenRidges(step=0.1), archive=found)
     with pytest.raises(ValueError, match="start must be that of the archive"):
         ridge_rider(wells, torch.ones(2, dtype=F64), method, archive=found)
+    with pytest.raises(ValueError, match="start must be that of the archive"):
+        ridge_rider(wells, torch.zeros(2), method, archive=found)
+    with pytest.raises(ValueError, match="finish must be that of the archive, None; got 'function'"):
+        ridge_rider(wells, None, EigenRidges(step=0.2, finish=torch.clone), archive=found)
+    lost = torch.full((2,), torch.nan, dtype=F64)
+    again = ridge_rider(wells, lost, method, archive=ridge_rider(wells, lost, method))
+    assert [b.status for b in again.bifurcations] == [BranchStatus.non_finite]

@@ -41,7 +41,7 @@ def add(commands: Any) -> None:
     what.add_argument("--game", choices=GAMES, help=f"{', '.join(GAMES)} (small-ipd)", metavar="NAME")
     _add(what, "--tau", float, "X", "share of matching pennies in mix")
     _add(what, "--dim", int, "N", "variables of polynomial")
-    _add(what, "--images", int, "N", "training pictures of shapes")
+    _add(what, "--images", int, "N", "training pictures of shapes, a multiple of 16")
     _add(what, "--modes", int, "N", "Gaussians of gan")
     _add(what, "--width", int, "N", "units of a hidden layer, shapes and gan")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _lists
 from ._lanczos import lowest_eigenvalue, lowest_pairs
-from ._linearized import check_state
+from ._linearized import check_state, check_value
 from ._rides import Direction, Expansion, Ride, Rider, has, moved_on, new_ride, on_their_way, sent_on
 from ._ritz import rayleigh_ritz, ritz_pairs
 from .archive import Branch, BranchStatus
@@ -227,7 +227,7 @@ class EigenRider(Rider):
         basis = torch.stack([first, torch.stack(partners).to(origins)], dim=2)
         dim = torch.tensor([1 if b.partner is None else 2 for b in branches], device=origins.device)
         solved = torch.zeros(len(branches), dtype=torch.bool, device=origins.device)
-        unseen = torch.full_like(first[:, :2], torch.nan)
+        unseen = torch.full((len(branches), 2), torch.nan, dtype=origins.dtype, device=origins.device)
         return new_ride(
             branches, origins, basis=basis, dim=dim, solved=solved, ridden=torch.zeros_like(dim), curvature=unseen
         )
@@ -239,7 +239,7 @@ class EigenRider(Rider):
         method, rows = self._method, on_their_way(ride)
         basis, dim = ride["basis"][rows], ride["dim"][rows]
         state = ride["state"][rows] + method.step * basis[:, :, 0]
-        unknown = torch.complex(torch.zeros_like(state[:, :2]), torch.zeros_like(state[:, :2]))
+        unknown = torch.zeros(state.shape[0], 2, dtype=state.dtype.to_complex(), device=state.device)
         before = Eigenspace(basis, dim, unknown, torch.ones_like(state[:, 0]))
         pairs = self._near(state, before)
         space = _followed(pairs, before) if self._symmetric else track(pairs, before)
@@ -259,7 +259,9 @@ class EigenRider(Rider):
         before = ride["state"][rows]
         with torch.no_grad():
             if callable(method.finish):
-                state = method.finish(before).detach()
+                state = method.finish(before)
+                check_value(self._caller, "finish", state, before)
+                state = state.detach()
             else:
                 assert method.finish is not None
                 state = before - method.finish * self._gradient(before)

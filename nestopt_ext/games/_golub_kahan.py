@@ -108,7 +108,7 @@ class _Process:
     def _random(self, size: int) -> Tensor:
         """A direction that depends on how far the process is, and not on what happened in other rows."""
         generator = torch.Generator().manual_seed(_SEED + self.num_products)
-        return torch.randn(size, dtype=torch.float64, generator=generator).to(self._scale)
+        return torch.randn(size, dtype=torch.float64, device="cpu", generator=generator).to(self._scale)
 
 
 def _orthogonalized(vectors: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,12 @@ class Linearized:
         self._pushing: tuple[Tensor, Tensor] | None = None
         with torch.enable_grad():
             self._value = step(self._state)
-        _check_value(caller, self._value, state)
+        check_value(caller, "step", self._value, state)
+        if not self._value.requires_grad:
+            raise ValueError(
+                f"{caller}: step must be differentiable in the state; got a value without graph. Compute it without"
+                " .detach(), and gradients inside it with create_graph=True."
+            )
         self.value = self._value if create_graph else self._value.detach()
 
     def dense(self) -> Tensor:
@@ -100,17 +105,13 @@ class Linearized:
             return torch.stack([products(column, False) for column in columns], dim=2)
 
 
-def _check_value(caller: str, value: Tensor, state: Tensor) -> None:
+def check_value(caller: str, name: str, value: object, state: Tensor) -> None:
+    """What the map ``name`` returned is a tensor like the state."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{caller}: step must return a tensor like the state; got {_lists.value_name(value)}.")
+        raise TypeError(f"{caller}: {name} must return a tensor like the state; got {_lists.value_name(value)}.")
     if value.shape != state.shape or value.dtype != state.dtype or value.device != state.device:
         raise ValueError(
-            f"{caller}: step must return a tensor like the state, {_lists.shape_name(state.shape)} of"
+            f"{caller}: {name} must return a tensor like the state, {_lists.shape_name(state.shape)} of"
             f" {_lists.dtype_name(state.dtype)} on {state.device}; got {_lists.shape_name(value.shape)} of"
             f" {_lists.dtype_name(value.dtype)} on {value.device}."
-        )
-    if not value.requires_grad:
-        raise ValueError(
-            f"{caller}: step must be differentiable in the state; got a value without graph. Compute it without"
-            " .detach(), and gradients inside it with create_graph=True."
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _lists
-from ._linearized import Step, check_state, check_step
+from ._linearized import Step, check_state, check_step, check_value
 from ._rides import Direction, Expansion, Ride, Rider, Search, has, moved_on, new_ride, on_their_way
 from ._sweep import Sweep, warn_of_directions
 from .archive import Branch, BranchStatus
@@ -40,7 +40,14 @@ class LyapunovRider(Rider):
         self.num_search_steps = method.ascent_steps + 1 if method.ascent_steps else 0
         self._residual = 0.0  # of the directions searched last
         self._ascent = Ascent(caller, step, method.horizon, method.ascent_lr, method.ascent_steps)
-        self.key = "losses" if losses is not None or isinstance(self._ride, OptimizerMap) else "parameters"
+        self.has_losses = losses is not None or isinstance(self._ride, OptimizerMap)
+        self.key = "losses" if self.has_losses else "parameters"
+        if isinstance(step, OptimizerMap) and isinstance(self._ride, OptimizerMap):
+            wanted, got = step.num_parameters, self._ride.num_parameters
+            if got != wanted:
+                raise ValueError(
+                    f"{caller}: ride must be a map of {wanted} parameters, as the problem; got one of {got}."
+                )
 
     def start(self, start: Any) -> Tensor:
         step = self._step
@@ -112,7 +119,9 @@ class LyapunovRider(Rider):
         rows = on_their_way(ride)
         before = ride["state"][rows]
         with torch.no_grad():
-            state = self._ride(before).detach()  # a map may take a gradient of its own, and keep its graph
+            state = self._ride(before)
+        check_value(self._caller, "ride", state, before)
+        state = state.detach()  # a map may take a gradient of its own, and keep its graph
         ended = {
             BranchStatus.converged: (state - before).norm(dim=1) <= self._method.tolerance,
             BranchStatus.completed: ride["steps"][rows] + 1 >= self._method.max_steps,
@@ -140,14 +149,19 @@ class LyapunovRider(Rider):
 def called_losses(caller: str, losses: Callable[[Tensor], Any], states: Tensor) -> Tensor:
     """What a caller's function says of states [N, S]: a tensor [N] or [N, n], or n tensors [N]."""
     found = losses(states)
-    if isinstance(found, tuple | list):
+    if isinstance(found, tuple | list) and found and all(_is_column(loss, states) for loss in found):
         found = torch.stack(list(found), dim=-1)
     if not isinstance(found, Tensor) or found.dim() not in (1, 2) or found.shape[0] != states.shape[0]:
         got = _lists.shape_name(found.shape) if isinstance(found, Tensor) else _lists.value_name(found)
         raise ValueError(
-            f"{caller}: losses must return a tensor of shape (B,) or (B, n) for B={states.shape[0]} states; got {got}."
+            f"{caller}: losses must return a tensor of shape (B,) or (B, n), or n tensors of shape (B,), for"
+            f" B={states.shape[0]} states; got {got}."
         )
     return found.detach().reshape(states.shape[0], -1)
+
+
+def _is_column(loss: object, states: Tensor) -> bool:
+    return isinstance(loss, Tensor) and loss.shape == states.shape[:1]
 
 
 def _expansion(state: Tensor, finite: bool, directions: Sequence[Direction]) -> Expansion:

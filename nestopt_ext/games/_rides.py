@@ -57,6 +57,8 @@ class Rider(ABC):
     from_solutions: bool
     #: By what solutions are told apart if the caller does not say.
     key: str
+    #: Whether the ends of rides have losses.
+    has_losses: bool = True
     #: Steps of one ride at most, for a progress bar.
     max_steps: int
 

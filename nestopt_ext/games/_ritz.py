@@ -56,7 +56,7 @@ class Fresh:
         self._generator = torch.Generator().manual_seed(0)
 
     def __call__(self) -> Tensor:
-        vector = torch.randn(self._like.shape[1], generator=self._generator, dtype=torch.float64)
+        vector = torch.randn(self._like.shape[1], generator=self._generator, dtype=torch.float64, device="cpu")
         return vector.to(device=self._like.device, dtype=self._like.dtype)
 
 

@@ -57,9 +57,9 @@ class Sweep:
             product = here.dense() @ product
             scale = product.detach().abs().amax(dim=(1, 2))
             scale = torch.where((scale > 0) & scale.isfinite(), scale, 1.0)
-            return [product / scale[:, None, None], log_scale + scale.log()]
+            return [product / scale[:, None, None], log_scale + scale.log() + _fault(here.value)]
 
-        product, log_scale = self._run(multiply, [identity, self._start.new_zeros(batch)])
+        product, log_scale = self._run(multiply, [identity, _fault(self._start)])
         return product, log_scale
 
     def step_by_step(self) -> tuple[Tensor, Tensor]:
@@ -70,9 +70,9 @@ class Sweep:
             values, right = leading(here.dense(), 1)
             if not directions:
                 directions.append(right[:, :, 0])
-            return [total + values[:, 0].log()]
+            return [total + values[:, 0].log() + _fault(here.value)]
 
-        (total,) = self._run(add, [self._start.new_zeros(self._start.shape[0])])
+        (total,) = self._run(add, [_fault(self._start)])
         return total * (2 / self.num_steps), directions[0]
 
     def along(self, frame: Tensor) -> Tensor:
@@ -82,10 +82,10 @@ class Sweep:
         def carry(here: Linearized, columns: Tensor, total: Tensor) -> TensorList:
             images = here.dense() @ columns if dense else here.push(columns)
             columns, growth = _orthonormal(images)
-            return [columns, total + growth]
+            return [columns, total + growth + _fault(here.value)[:, None]]
 
         columns, _ = _orthonormal(frame)
-        _, total = self._run(carry, [columns, frame.new_zeros(frame.shape[0], frame.shape[2])])
+        _, total = self._run(carry, [columns, _fault(self._start)[:, None].expand(-1, frame.shape[2])])
         return total * (2 / self.num_steps)
 
     def leading_directions(self, count: int) -> Tensor:
@@ -145,11 +145,19 @@ class Sweep:
         return flat[1:]
 
 
+def _fault(state: Tensor) -> Tensor:
+    """What to add to the exponents [B] of states: NaN where one is not finite, 0 elsewhere."""
+    return state.detach().mul(0).sum(dim=1)
+
+
 def _orthonormal(columns: Tensor) -> tuple[Tensor, Tensor]:
     """An orthonormal basis of growing spans of columns [B, S, m], and the logarithm [B, m] of what each added."""
     if columns.shape[2] == 1:
+        scale = columns.detach().abs().amax(dim=1, keepdim=True)  # whose square may leave the range of the dtype
+        scale = torch.where((scale > 0) & scale.isfinite(), scale, 1.0)
+        columns = columns / scale
         length = columns.norm(dim=1, keepdim=True)
-        return columns / torch.where(length > 0, length, 1.0), length[:, 0].log()
+        return columns / torch.where(length > 0, length, 1.0), length[:, 0].log() + scale[:, 0].log()
     basis, triangle = torch.linalg.qr(columns)
     return basis, torch.diagonal(triangle, dim1=1, dim2=2).abs().log()
 

@@ -245,7 +245,7 @@ class Archive:
     def save(self, path: str | PathLike[str]) -> None:
         """Writes everything to the file ``path`` at once: what was there stays whole until then.
 
-        The file holds tensors and plain data only. Raises :class:`~nestopt_ext.CheckpointError` where the disk refuses.
+        The file holds tensors and plain data only. Raises CheckpointError, a RuntimeError, where the disk refuses.
         """
         state = {
             "version": _VERSION,
@@ -260,11 +260,37 @@ class Archive:
         }
         _checkpoint.save(Path(path), state)
 
+    def _check(self) -> None:
+        """Raises an error of any kind where the parts do not go together, as in a file that was tampered with."""
+        for records in (self.bifurcations, self.branches, self.solutions):
+            _require([record.id for record in records] == list(range(len(records))))
+        places, ways, ends = (len(records) for records in (self.bifurcations, self.branches, self.solutions))
+        states: list[Any] = [place.state for place in self.bifurcations]
+        for place in self.bifurcations:
+            _require(isinstance(place.status, BranchStatus) and _within(place.parent, ways))
+            _require(_within(place.same_as, places))
+        for branch in self.branches:
+            _require(isinstance(branch.status, BranchStatus) and branch.bifurcation in range(places))
+            _require(_within(branch.solution, ends) and isinstance(branch.depth + branch.steps, int))
+            states += [branch.direction, branch.begin]
+        for solution in self.solutions:
+            _require(all(i in range(ways) for i in solution.branches) and isinstance(solution.key, Tensor))
+            states.append(solution.state)
+        _require(all(isinstance(state, Tensor) and state.dim() == 1 for state in states))
+        _require(self.starts is None or self.starts.dim() == 2)
+        _require(isinstance(self._pending, list) and isinstance(self._settings, dict))
+        _require(self._search is None or isinstance(self._search["ids"], list))
+        if self._ride is not None:
+            rows = {name: value for name, value in self._ride.items() if name not in ("ids", "stage")}
+            _require(rows.keys() >= {"state", "steps", "moved", "status"} and isinstance(self._ride["stage"], int))
+            _require(all(isinstance(v, Tensor) and len(v) == len(self._ride["ids"]) for v in rows.values()))
+        _require(all(i in range(ways) for i in self.pending))
+
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Archive:
         """What :meth:`save` wrote; nothing in the file is executed.
 
-        Raises :class:`~nestopt_ext.CheckpointError` where it is missing, damaged or of another kind.
+        Raises CheckpointError, a RuntimeError, where it is missing, damaged or of another kind.
         """
         state = _checkpoint.load(Path(path), _VERSION)
         archive = cls()
@@ -277,9 +303,19 @@ class Archive:
             archive._settings = state["settings"]
             archive._ride = state["ride"]
             archive._search = state["search"]
-        except (KeyError, TypeError, IndexError, ValueError) as error:
+            archive._check()
+        except Exception as error:  # a file that was tampered with may hold anything anywhere
             raise _checkpoint.CheckpointError(f"{path}: is not an archive of a ride: {error!r:.120}.") from error
         return archive
+
+
+def _require(holds: bool) -> None:
+    if not holds:
+        raise ValueError("its parts do not go together")
+
+
+def _within(number: int | None, count: int) -> bool:
+    return number is None or number in range(count)
 
 
 def _interval(bounds: tuple[float, float] | None) -> str:
@@ -301,7 +337,7 @@ def _columns(records: Sequence[Any]) -> dict[str, Any]:
 def _packed(values: list[Any]) -> Any:
     rows = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
     if rows:
-        return {"count": len(values), "rows": rows, "values": torch.stack([values[i] for i in rows])}
+        return {"rows": rows, "values": torch.stack([values[i] for i in rows])}
     return [_plain(value) for value in values]
 
 
@@ -315,14 +351,14 @@ def _plain(value: Any) -> Any:
 
 def _records(kind: type[_Record], columns: dict[str, Any]) -> Iterator[_Record]:
     if columns:
-        names = list(columns)
-        for values in zip(*[_unpacked(columns[name]) for name in names], strict=True):
+        names, count = list(columns), len(columns["id"])
+        for values in zip(*[_unpacked(columns[name], count) for name in names], strict=True):
             yield kind(**dict(zip(names, values, strict=True)))
 
 
-def _unpacked(column: Any) -> list[Any]:
+def _unpacked(column: Any, count: int) -> list[Any]:
     if isinstance(column, dict):
-        values: list[Any] = [None] * column["count"]
+        values: list[Any] = [None] * count
         for i, value in zip(column["rows"], column["values"], strict=True):
             values[i] = value
         return values

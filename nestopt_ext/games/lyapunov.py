@@ -201,7 +201,10 @@ def _frame(caller: str, direction: Tensor, start: Tensor) -> Tensor:
             f"{caller}: direction must have shape ({size},), ({batch}, {size}) or ({batch}, {size}, m), m <= {size};"
             f" got {_lists.shape_name(shape)}."
         )
+    if columns.is_complex():
+        raise TypeError(f"{caller}: direction must be real; got {_lists.dtype_name(columns.dtype)}.")
     columns = columns.to(start)
-    if not bool((columns.detach().norm(dim=1) > 0).all()):
-        raise ValueError(f"{caller}: direction must be finite and not zero; got one of length 0 or NaN.")
+    peak = columns.detach().abs().amax(dim=1)
+    if not bool(((peak > 0) & peak.isfinite()).all()):
+        raise ValueError(f"{caller}: direction must be finite and not zero; got one that is zero, or has NaN or Inf.")
     return columns

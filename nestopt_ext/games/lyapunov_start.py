@@ -151,9 +151,10 @@ class Ascent:
             x = x.detach().requires_grad_(not last)
             sweep = Sweep(self.caller, self.step, x, self.num_steps, self.recompute, self.max_products)
             found = largest(sweep)
+            total = found.exponent.sum()
         gradient = torch.zeros_like(x)
-        if found.exponent.requires_grad:  # it is constant where the Jacobian is
-            (gradient,) = torch.autograd.grad(found.exponent.sum(), x)
+        if total.requires_grad:  # it is constant where the Jacobian is
+            (gradient,) = torch.autograd.grad(total, x)
         moved = self.step.num_parameters if isinstance(self.step, OptimizerMap) else x.shape[1]
         return found.exponent.detach(), found.direction, _uphill(gradient, moved, self.normalized), sweep.residual
 

@@ -47,7 +47,7 @@ class MapJacobian:
     def _apply(self, name: str, vectors: Tensor, *, transposed: bool) -> Tensor:
         if not isinstance(vectors, Tensor):
             raise TypeError(f"MapJacobian: {name} must be a tensor; got {_lists.value_name(vectors)}.")
-        if vectors.dim() not in (2, 3) or tuple(vectors.shape[:2]) != self.shape:
+        if vectors.dim() not in (2, 3) or tuple(vectors.shape[:2]) != self.shape or vectors.numel() == 0:
             raise ValueError(
                 f"MapJacobian: {name} must have shape {self.shape} or {self.shape} and the number of vectors;"
                 f" got {_lists.shape_name(vectors.shape)}."

@@ -105,7 +105,7 @@ class OptimizerMap:
     def _rows(self, state: Tensor) -> Tensor:
         if not isinstance(state, Tensor):
             raise TypeError(f"{self._caller}: state must be a tensor; got {_lists.value_name(state)}.")
-        if state.dim() not in (1, 2) or state.shape[-1] != self.state_size:
+        if state.dim() not in (1, 2) or state.shape[-1] != self.state_size or state.numel() == 0:
             size = self.state_size
             raise ValueError(
                 f"{self._caller}: state must have shape (B, {size}) or ({size},);"
@@ -147,7 +147,7 @@ def extragradient_map(game: Game, lr: float | Tensor) -> OptimizerMap:
     >>> step(step.start(torch.tensor([1.0, 0.0])))                         # (x, y) / 4 less, and turned
     tensor([[0.7500, 0.5000]], dtype=torch.float64)
     """
-    check_lr("extragradient_map", lr)
+    lr = _checked_lr("extragradient_map", lr)
 
     def ahead(flat: FlatGame, parameters: Tensor, create_graph: bool) -> Tensor:
         first = parameters - lr * _simultaneous(flat, parameters, create_graph)
@@ -169,7 +169,7 @@ def lola_map(game: Game, lr: float | Tensor) -> OptimizerMap:
     >>> step(step.start(torch.tensor([2.0, 3.0])))              # less (y + x, -x + y) / 2
     tensor([[-0.5000,  2.5000]], dtype=torch.float64)
     """
-    check_lr("lola_map", lr)
+    lr = _checked_lr("lola_map", lr)
 
     def shaping(flat: FlatGame, parameters: Tensor, create_graph: bool) -> Tensor:
         with torch.enable_grad():
@@ -199,7 +199,7 @@ def momentum_map(game: Game, lr: float | Tensor, momentum: complex) -> Optimizer
     tensor([[ 0.7500,  1.2500,  0.5000, -1.5000]], dtype=torch.float64)
     """
     caller = "momentum_map"
-    check_lr(caller, lr)
+    lr = _checked_lr(caller, lr)
     check_momentum(caller, "momentum", momentum)
     beta = complex(momentum)
     turning = isinstance(momentum, complex)
@@ -216,8 +216,14 @@ def momentum_map(game: Game, lr: float | Tensor, momentum: complex) -> Optimizer
     return OptimizerMap(caller, game, update, num_buffers=2 if turning else 1)
 
 
-def _descent(caller: str, game: Game, lr: float | Tensor, direction: _Direction) -> OptimizerMap:
+def _checked_lr(caller: str, lr: float | Tensor) -> float | Tensor:
+    """The learning rate, a tensor as one of 0 dimensions, which leaves the dtype of a state as it is."""
     check_lr(caller, lr)
+    return lr.reshape(()) if isinstance(lr, Tensor) else lr
+
+
+def _descent(caller: str, game: Game, lr: float | Tensor, direction: _Direction) -> OptimizerMap:
+    lr = _checked_lr(caller, lr)
 
     def update(flat: FlatGame, parameters: Tensor, buffers: Tensor, create_graph: bool) -> list[Tensor]:
         return [parameters - lr * direction(flat, parameters, create_graph)]

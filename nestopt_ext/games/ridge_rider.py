@@ -17,6 +17,7 @@ from ._eigen_rider import EigenRider, LossGame
 from ._lyapunov_rider import LyapunovRider
 from ._nearest import Nearest
 from ._rides import STATUSES, Expansion, Ride, Rider, on_their_way
+from ._sweep import check_flag
 from .archive import Archive, Bifurcation, Branch, Solution
 from .eigen_ridges import EigenRidges
 from .lyapunov_branches import LyapunovBranches
@@ -152,12 +153,14 @@ def _moved(part: dict[str, Any] | None, device: torch.device) -> dict[str, Any] 
 def _settings(method: EigenRidges | LyapunovBranches) -> dict[str, Any]:
     """What of a method can be compared with that of an archive."""
     fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
-    plain = {
-        name: tuple(v) if isinstance(v, list) else v
-        for name, v in fields.items()
-        if isinstance(v, int | float | str | tuple | list | None)
-    }
+    plain = {name: "function" if callable(v) else tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
     return {"method": type(method).__name__, **plain}
+
+
+def _equal(states: Tensor, others: Tensor) -> bool:
+    if states.shape != others.shape or states.dtype != others.dtype:
+        return False
+    return torch.allclose(states, others, rtol=0, atol=0, equal_nan=True)
 
 
 class _Search:
@@ -183,6 +186,8 @@ class _Search:
             raise ValueError(f"{self._caller}: key must be None, losses, parameters or a function; got {key!r:.80}.")
         check_real(self._caller, "distance", distance, minimum=0.0)
         check_real(self._caller, "bifurcation_distance", bifurcation_distance, minimum=0.0)
+        if key == "losses" and not self._rider.has_losses:
+            raise ValueError(f"{self._caller}: key must not be losses where there are none. Pass losses=...")
         self._key = self._rider.key if key is None else key
         self._distance, self._bifurcation_distance = distance, bifurcation_distance
 
@@ -200,16 +205,15 @@ class _Search:
             if call is not None and not callable(call):
                 raise TypeError(f"{self._caller}: {name} must be None or callable; got {_lists.value_name(call)}.")
         self._on_batch, self._should_stop = on_batch, should_stop
-        self._progress = progress
+        self._progress = check_flag(self._caller, "progress", progress)
 
     def set_out(self, start: Any, settings: dict[str, Any]) -> None:
         """Takes the starts, or checks that they are those of the archive."""
         archive = self.archive
         settings = {**settings, "key": self._key if isinstance(self._key, str) else "function"}
         if archive.starts is None:
-            states = self._rider.start(start)
-            archive.starts, archive._settings = states.cpu(), settings
-            self._like = states
+            self._like = self._states(start)
+            archive.starts, archive._settings = self._like.cpu(), settings
             return
         for name, value in settings.items():
             if archive._settings.get(name) != value:
@@ -217,11 +221,15 @@ class _Search:
                     f"{self._caller}: {name} must be that of the archive, {archive._settings.get(name)!r};"
                     f" got {value!r}. Begin a new archive for another search."
                 )
-        states = archive.starts if start is None else self._rider.start(start)
-        if not torch.equal(states.cpu(), archive.starts):
+        states = self._states(archive.starts if start is None else start)
+        if not _equal(states.cpu(), archive.starts):
             raise ValueError(f"{self._caller}: start must be that of the archive, or None; got other states.")
         self._like = states
         archive._ride, archive._search = (_moved(part, states.device) for part in (archive._ride, archive._search))
+
+    def _states(self, start: Any) -> Tensor:
+        """The states from where to set out, in memory of their own."""
+        return self._rider.start(start).detach().clone()
 
     # ---- the search ----
 
@@ -360,7 +368,10 @@ class _Search:
                 assigned.append(None)
                 continue
             if not bool(keys[i].isfinite().all()):
-                raise ValueError(f"{self._caller}: key must be finite at a finite state; got {keys[i].tolist()!r:.80}.")
+                name = "losses" if self._key == "losses" else "key"
+                raise ValueError(
+                    f"{self._caller}: {name} must be finite at a finite state; got {keys[i].tolist()!r:.80}."
+                )
             same = known_keys.find(keys[i])
             if same is None:
                 known_keys.add(keys[i])
@@ -382,10 +393,17 @@ class _Search:
         assert callable(self._key)
         with torch.no_grad():
             keys = self._key(states)
-        if not isinstance(keys, Tensor) or keys.dim() not in (1, 2) or keys.shape[0] != len(states):
-            got = _lists.shape_name(keys.shape) if isinstance(keys, Tensor) else _lists.value_name(keys)
-            raise ValueError(f"{self._caller}: key must return a tensor with {len(states)} rows; got {got}.")
-        return keys.detach().reshape(len(states), -1).to("cpu", torch.float64)
+        got = _lists.shape_name(keys.shape) if isinstance(keys, Tensor) else _lists.value_name(keys)
+        fits = isinstance(keys, Tensor) and keys.dim() in (1, 2) and keys.shape[0] == len(states) and keys.numel() > 0
+        if not fits or keys.is_complex():
+            raise ValueError(
+                f"{self._caller}: key must return a tensor with {len(states)} rows of real numbers; got {got}."
+            )
+        keys = keys.detach().reshape(len(states), -1).to("cpu", torch.float64)
+        if self.archive.solutions and keys.shape[1] != len(self.archive.solutions[0].key):
+            wanted = len(self.archive.solutions[0].key)
+            raise ValueError(f"{self._caller}: key must return {wanted} columns, as it did before; got {got}.")
+        return keys
 
     def _commit(self, expansions: Any) -> None:
         """Adds bifurcations, and the branches that leave new ones."""

@@ -139,6 +139,8 @@ class RideConfig:
             check_whole(name, getattr(self, name), 1)
             if getattr(self, name) > whole[name]:
                 raise ConfigError(f"--{_dashes(name)} must be <= {whole[name]}; got {getattr(self, name)}.")
+        if self.images is not None and self.images % 16:
+            raise ConfigError(f"--images must be a multiple of 16; got {self.images}.")
         if "ascent_steps" in choices:
             check_whole("ascent_steps", self.ascent_steps, 0)
         for name in choices & {"lr", "spread", "ascent_lr", "step_size", "noise"}:
