@@ -7,7 +7,8 @@ from cases import F64, generator, leaf, normal
 from torch import nn
 from torch.autograd.functional import hessian as dense_hessian
 
-from nestopt_ext.curvature import loss_hessian
+from nestopt_ext.curvature import EmpiricalFisher, loss_hessian
+from nestopt_ext.curvature._criteria import recognize
 
 WEIGHT = torch.tensor([0.5, 2.0, 1.0, 0.0, 3.0], dtype=F64)  # of five classes
 
@@ -298,3 +299,21 @@ def test_bad_vectors_are_refused_by_name():
     with pytest.raises(TypeError, match="LossHessian: u must be a Tensor; got float"):
         hessian(1.0)
     assert repr(hessian) == "LossHessian(mse, (2, 3))"
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_gradients_of_rows_are_those_of_autograd(ignored):
+    z, target = leaf(5 * normal(0, 6, 4)), classes(1, 6, high=4)
+    if ignored:
+        target[2:4] = -100
+    found = recognize(CE()).gradient(z, (target,))
+    (wanted,) = torch.autograd.grad(F.cross_entropy(z, target, reduction="sum"), z)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("label", [-1, 4])
+def test_a_label_that_is_no_class_is_refused(label):
+    model, target = nn.Linear(3, 4), torch.tensor([0, label])
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        EmpiricalFisher(model, CE(), torch.ones(2, 3), target)

@@ -171,7 +171,7 @@ class Picked:
 
 def by_example(t: Tensor, dim: int, batch: int) -> Tensor:
     """The tensor as [B, r, ...], whose dimension ``dim`` runs over B examples with r entries each."""
-    t = t.movedim(dim, 0)
+    t = t.movedim(dim, 0) if dim else t
     return t.reshape(batch, t.shape[0] // batch, *t.shape[1:])
 
 
@@ -376,9 +376,10 @@ class Recorder(TorchFunctionMode):
             return None
         if not var.active:
             return None
-        if any(t._version != version for t, version in (*self._versions.items(), *self._values)):
+        given = list(self._versions.items())
+        if any(t._version != version for t, version in (*given, *self._values)):
             raise Unrecordable("a tensor was changed in place after it was used")
-        constants = [(t, version) for t, version in self._versions.items() if id(t) not in self._copied]
+        constants = [(t, version) for t, version in given if id(t) not in self._copied]
         return Tape(self._num_params, self._num_slots, self.nodes, self.data, constants, var, self.opaque)
 
     # ---- what runs under the mode -----------------------------------------------------------------------------------
