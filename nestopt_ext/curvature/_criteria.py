@@ -92,7 +92,16 @@ class CrossEntropy(Criterion):
             return None
         ignored = target.unsqueeze(1) == self.ignore_index
         gradient = outputs.detach().softmax(1)
-        gradient.scatter_add_(1, target.unsqueeze(1).masked_fill(ignored, 0), ignored.to(gradient.dtype).sub_(1))
+        counted = target.unsqueeze(1).masked_fill(ignored, 0)
+        try:
+            gradient.scatter_add_(1, counted, ignored.to(gradient.dtype).sub_(1))
+        except RuntimeError as error:
+            classes = outputs.shape[1]
+            wrong = counted[(counted < 0) | (counted >= classes)].tolist()
+            raise IndexError(
+                f"targets must be classes from 0 to {classes - 1}, or ignore_index={self.ignore_index};"
+                f" got {wrong[0] if wrong else target.shape}, which is out of bounds."
+            ) from error
         return gradient.masked_fill_(ignored, 0)
 
     def total_weight(self, outputs: Tensor, targets: Targets) -> Tensor | int:
