@@ -376,11 +376,8 @@ at::Tensor dense(const at::Tensor& t) {
 
 template <class Device>
 void hadamard_gram_(BoxedArguments next) {
-  const Arguments arguments{.gram = next.tensor(),
-                            .x = next.tensor(),
-                            .y = next.tensor(),
-                            .positions = next.integer(),
-                            .ones = next.flag()};
+  const Arguments arguments{
+      .gram = next.tensor(), .x = next.tensor(), .y = next.tensor(), .positions = next.integer(), .ones = next.flag()};
   ListCheck checks("hadamard_gram_");
   check(arguments, checks);
   checks.bump_versions();
