@@ -211,11 +211,67 @@ def test_a_term_makes_no_tensor_like_the_params(kind):
     model = seeded(lambda: nn.Sequential(nn.Linear(60, 80), nn.Tanh(), nn.Linear(80, 80), nn.Tanh(), nn.Linear(80, 3)))
     operator = kind(model, nn.CrossEntropyLoss(), normal(0, 16, 60), classes(1, 16), route="outputs")
     v, counts = like(operator, 1), []
-    for num_terms in (60, 20, 100):
+    for num_terms in (30, 20, 32):
         with Large(60 * 80) as large:
             operator.flat_loop(v, num_terms, torch.tensor(0.1), 0.2)
         counts.append(large.count)
     assert 0 < counts[0] == counts[1] == counts[2]
+
+
+# ---- rounding -------------------------------------------------------------------------------------------------------
+
+
+def more_outputs_than_params(dtype=torch.float32, **options):
+    """A vector lies in the range of J' as a whole, so that what J sees of it has to go to zero."""
+    model = seeded(lambda: nn.Linear(8, 10)).to(dtype)
+    x, t = normal(0, 128, 8).to(dtype), normal(1, 128, 10).to(dtype)
+    return GaussNewton(model, F.mse_loss, x, t, **options)
+
+
+def test_rounding_does_not_add_up_over_many_terms():
+    operator, exact = more_outputs_than_params(route="outputs"), more_outputs_than_params(F64, route="loop")
+    alpha, v = torch.tensor(1.8 / largest(exact)), like(operator, 3)
+    found, _ = operator.flat_loop(v, 1000, alpha, 0.0)
+    wanted, _ = exact.flat_loop([t.double() for t in v], 1000, alpha, 0.0)
+    assert relative_error(found, wanted) <= 1e-5  # 7e-6 after 32 terms, and no more after 1000
+
+
+def test_noise_of_norms_is_not_growth():
+    operator = more_outputs_than_params(route="outputs")
+    alpha = 1.0 / largest(operator)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(20):
+            neumann_ihvp(operator, packed(operator, like(operator, seed)), num_terms=200, alpha=alpha)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e25])
+@pytest.mark.parametrize("route", ["outputs", "loop"])
+def test_what_became_of_a_sum_does_not_depend_on_the_scale(route, scale):
+    operator = more_outputs_than_params(route=route)
+    v = packed(operator, [scale * t for t in like(operator, 3)])
+    bounded, diverging = (
+        solve(operator, v, Neumann(num_terms=6, alpha=factor / largest(operator))).status.name for factor in (1.0, 8.0)
+    )
+    assert bounded == "max_terms" and diverging == "diverged"
+
+
+def test_autocast_later_changes_nothing():
+    operator = more_outputs_than_params(route="outputs")
+    v = like(operator, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside, _ = operator.flat_loop(v, 5, torch.tensor(0.1), 0.0)
+    outside, _ = operator.flat_loop(v, 5, torch.tensor(0.1), 0.0)
+    assert all(map(torch.equal, inside, outside))
+
+
+def test_no_examples_leave_the_damping():
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4)))
+    batch = torch.zeros(0, 3, 6), torch.zeros(0, 3, 4)
+    operator = GaussNewton(model.float(), nn.MSELoss(reduction="sum"), *batch, route="outputs")
+    v = like(operator, 3)
+    found, _ = operator.flat_loop(v, 4, torch.tensor(0.5), 0.0)
+    assert relative_error(found, [2.5 * t for t in v]) <= 1e-6
 
 
 # ---- the choice -----------------------------------------------------------------------------------------------------

@@ -415,6 +415,19 @@ def test_closures_and_tensors_give_the_same_bits_on_a_network_in_training_mode()
     assert any(t.abs().max() > 0 for t in found)
 
 
+@pytest.mark.parametrize("closures", [False, True])
+def test_inference_mode_is_refused_since_it_would_lose_the_mixed_part(closures):
+    w, h = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    losses = w.square().sum(), (h * w.square()).sum()
+    if closures:
+        losses = tuple((lambda loss=loss: loss) for loss in losses)
+    with (
+        torch.inference_mode(),
+        pytest.raises(RuntimeError, match="must be differentiated outside torch.inference_mode"),
+    ):
+        hypergradient(*losses, w, h)
+
+
 def test_graphs_handed_in_stay_alive():
     problem = ridge()
     outer, inner = problem.losses()

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _lists
 from .._types import TensorList
 from ._example_rows import gram_macs
+from ._output_series import MOST_STEPS
 from ._tape import Node, Tape
 
 
@@ -64,7 +65,8 @@ class InOutputs:
     memory: int
 
     def time(self, num_terms: int) -> float:
-        return self.start + num_terms * self.term + sum(layer(num_terms) for layer in self.layers)
+        starts = max(1, -(-num_terms // MOST_STEPS))
+        return starts * self.start + num_terms * self.term + sum(layer(num_terms) for layer in self.layers)
 
 
 @dataclass(frozen=True)

@@ -279,6 +279,11 @@ class Gradient:
     """The gradient of a scalar loss in ``params``, ready to be differentiated again and again."""
 
     def __init__(self, caller: str, name: str, loss: Loss, params: TensorList) -> None:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"{caller}: {name} must be differentiated outside torch.inference_mode(), under which gradients have no"
+                " graph. Leave it, or use torch.no_grad()."
+            )
         self._params = params
         self._evaluation = evaluate(caller, name, loss)
         value = self._evaluation.loss

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,12 @@ from ._recording import Recording
 from ._series import multiply_
 from ._tangent_kernel import TangentKernel
 from .loss_hessian import LossHessian
+
+#: Steps after which a term is made anew: J v and v drift apart by rounding, and the error of the sum grows like their
+#: square.
+MOST_STEPS = 32
+#: Squared norms below this many eps of the largest are noise, which is not to look like growth.
+_NOISE = 64
 
 
 def neumann_sum(
@@ -30,32 +38,72 @@ def neumann_sum(
     .. math:: v_j = q^j v_0 + J^\top w_j, \quad w_{j+1} = q w_j - \alpha H y_j, \quad
               y_{j+1} = q y_j - \alpha J J^\top H y_j,
 
-    so J is applied once, J' once, and J J' for each term. The squared norm of a term is q^2j |v_0|^2 + q^j <y_0, w_j> +
-    <y_j, w_j>, by inner products in float64; what rounding leaves below 0 is 0.
+    so J is applied once, J' once, and J J' for each term; after :data:`MOST_STEPS` of them v_0 is the term reached. The
+    squared norm of a term is q^2j |v_0|^2 + q^j <y_0, w_j> + <y_j, w_j>, by inner products in float64, and at least
+    what rounding makes of it.
     """
     with recording.reading():
-        home = v[0].device
-        step = alpha.detach().to(_lists.scalar_dtype(home))
-        middle_product = middle.scaled(-step).for_products(num_terms)
+        step = alpha.detach().to(_lists.scalar_dtype(v[0].device))
+        product = middle.scaled(-step).for_products(num_terms)
         kept = None if damping == 0 else 1 - step * damping
-        start = recording.tape.jvp(v)
+        result, term, norms = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in v], list(v), []
+        for first in range(0, max(1, num_terms), MOST_STEPS):
+            count = min(MOST_STEPS, num_terms - first)
+            is_last = first + count == num_terms
+            chunk = _Chunk(recording, kernel, product, kept, term, count)
+            norms.append(chunk.sq_norms[: count + is_last])
+            chunk.add_terms(count + is_last, step, result)
+            if not is_last:
+                term = chunk.reached()
+        return result, torch.cat(norms)
+
+
+class _Chunk:
+    """``count`` steps from a term v_0: sums w of images, and squared norms."""
+
+    def __init__(
+        self,
+        recording: Recording,
+        kernel: TangentKernel,
+        product: Callable[[Tensor], Tensor],
+        kept: Tensor | None,
+        term: TensorList,
+        count: int,
+    ) -> None:
+        self._tape = recording.tape
+        self._term = term
+        start = self._tape.jvp(term)
         images = torch.stack([start.reshape(-1)] * 2)  # y_0 and y_j
         y = images[1].view(start.shape)
-        w, total = torch.zeros_like(y), torch.zeros_like(y)
-        dots = torch.zeros((num_terms + 1, 2), dtype=step.dtype, device=home)
-        along = w.view(1, -1)
+        #: w_count, and the sum of those before it.
+        self._w, self._before = torch.zeros_like(y), torch.zeros_like(y)
+        sq_norm = _lists.norm(term).square()
+        dots = sq_norm.new_zeros((count + 1, 2))
+        along = self._w.view(1, -1)
         for dot in dots.unbind()[1:]:
-            u = middle_product(y)
+            self._before.add_(self._w)
+            u = product(y)
             if kept is not None:
-                torch._foreach_mul_((w, y), kept)
-            w.add_(u)
-            total.add_(w)
+                torch._foreach_mul_((self._w, y), kept)
+            self._w.add_(u)
             y.add_(kernel.product(u))
-            _ops.row_dot_(dot, images, along)
-        q = torch.ones_like(step) if kept is None else kept
-        powers = q ** torch.arange(num_terms + 1, dtype=step.dtype, device=home)
-        sq_norms = powers.square() * _lists.norm(v).square() + powers * dots[:, 0] + dots[:, 1]
-        result = [t.clone(memory_format=torch.contiguous_format) for t in v]
-        multiply_(result, step * powers.sum())
-        recording.tape.vjp(total.mul_(step), result)
-        return result, sq_norms.clamp_(min=0)
+            _ops.row_dot_(dot, images.double(), along.double())
+        q = torch.ones_like(sq_norm) if kept is None else kept
+        self._powers = q ** torch.arange(count + 1, dtype=sq_norm.dtype, device=sq_norm.device)
+        found = self._powers.square() * sq_norm + self._powers * dots[:, 0] + dots[:, 1]
+        self.sq_norms = torch.maximum(found, _NOISE * torch.finfo(start.dtype).eps * sq_norm)
+
+    def add_terms(self, count: int, factor: Tensor, into: TensorList) -> None:
+        """Adds the factor times the first ``count`` terms, all or all but the last."""
+        onto = [t.clone(memory_format=torch.contiguous_format) for t in self._term]
+        multiply_(onto, factor * self._powers[:count].sum())
+        torch._foreach_add_(into, onto)
+        total = self._before + self._w if count == len(self._powers) else self._before
+        self._tape.vjp(total * factor, into)
+
+    def reached(self) -> TensorList:
+        """The last term."""
+        result = [t.clone(memory_format=torch.contiguous_format) for t in self._term]
+        multiply_(result, self._powers[-1])
+        self._tape.vjp(self._w, result)
+        return result

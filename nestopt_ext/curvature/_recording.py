@@ -15,7 +15,7 @@ from .._types import TensorList
 from ._evaluation import Evaluation
 from ._linearization import Linearization
 from ._model import Model
-from ._tape import Node, Recorder, Tape, Unrecordable, Var, autocast_is_on, tensors_in
+from ._tape import Node, Recorder, Tape, Unrecordable, Var, autocast_is_on, tensors_in, without_autocast
 
 #: Vectors that are carried through a recording at once.
 _AT_ONCE = 64
@@ -88,31 +88,31 @@ class Recording:
     def forward(self, v: TensorList) -> Tensor:
         """J v."""
         self._check_unchanged()
-        with self._evaluation.differentiating(), torch.no_grad():
+        with self._evaluation.differentiating(), without_autocast(), torch.no_grad():
             return self.tape.jvp(v)
 
     def forwards(self, v: TensorList) -> Tensor:
         """J v for k lists at once."""
         self._check_unchanged()
-        with self._evaluation.differentiating(), torch.no_grad():
+        with self._evaluation.differentiating(), without_autocast(), torch.no_grad():
             return _at_once(lambda *v: [self.tape.jvp(v)], v, [self.tape.outputs])[0]
 
     def backward(self, u: Tensor) -> TensorList:
         """J' u."""
         self._check_unchanged()
-        with self._evaluation.differentiating(), torch.no_grad():
+        with self._evaluation.differentiating(), without_autocast(), torch.no_grad():
             return self._filled(self.tape.vjp(u))
 
     def backwards(self, u: Tensor) -> TensorList:
         """J' u for k tensors at once."""
         self._check_unchanged()
-        with self._evaluation.differentiating(), torch.no_grad():
+        with self._evaluation.differentiating(), without_autocast(), torch.no_grad():
             return _at_once(lambda u: self._filled(self.tape.vjp(u, in_place=False)), [u], self.params)
 
     def backward_into(self, u: Tensor, into: TensorList) -> None:
         """Adds J' u, each layer's part where it arises."""
         self._check_unchanged()
-        with self._evaluation.differentiating(), torch.no_grad():
+        with self._evaluation.differentiating(), without_autocast(), torch.no_grad():
             self.tape.vjp(u, into)
 
     def _filled(self, found: Sequence[Tensor | None]) -> TensorList:
@@ -124,7 +124,7 @@ class Recording:
     def reading(self) -> Iterator[None]:
         """Without graph, with everything as it was recorded, for who reads what the nodes have kept."""
         self._check_unchanged()
-        with self._evaluation.differentiating(), torch.no_grad():
+        with self._evaluation.differentiating(), without_autocast(), torch.no_grad():
             yield
 
     def _check_unchanged(self) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -696,6 +697,17 @@ def _check_slow(args: Any, kwargs: Any) -> None:
 def autocast_is_on() -> bool:
     """Whether PyTorch chooses dtypes now."""
     return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+
+
+def without_autocast() -> AbstractContextManager[Any]:
+    """While open, dtypes are those of the tensors, as when a recording was made."""
+    if not autocast_is_on():
+        return nullcontext()
+    stack = ExitStack()
+    for device_type in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device_type):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+    return stack
 
 
 def _name(func: Any) -> str:

@@ -63,8 +63,9 @@ class GaussNewton(ModelCurvature):
 
     Exact inverses with damping, the largest eigenvalue and, for up to 4096 gradients,
     :class:`~nestopt_ext.solvers.Woodbury` go by the span of the gradients, too, unless ``route`` is "loop". The numbers
-    are those of the loop to rounding. What a route keeps (inner products of inputs; B C times the outputs of all
-    layers, and a matrix of (B C)^2) lives as long as the operator.
+    are those of the loop to rounding, which adds up over 32 terms at a time in the space of the outputs. What a route
+    keeps (inner products of inputs; B C times the outputs of all layers, and a matrix of (B C)^2) lives as long as the
+    operator.
 
     Raises TypeError or ValueError for bad arguments, and RuntimeError, with the way out, where PyTorch has no second
     derivative (cuDNN RNN, a function marked once_differentiable). ``route="dual"`` raises ValueError, with the reason,

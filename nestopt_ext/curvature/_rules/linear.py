@@ -84,7 +84,7 @@ class Linear(Node):
             if cotangent.dim() == 2:
                 return of_rows(of_x, cotangent)
             of_x = None if of_x is None else of_x.reshape(shape)
-            return of_rows(of_x, cotangent.reshape(shape[0], -1)).view(cotangent.shape)
+            return of_rows(of_x, cotangent.reshape(shape[0], turned.shape[1])).view(cotangent.shape)
 
         return pushed
 
