@@ -38,7 +38,8 @@ def neumann_sum(
     .. math:: v_j = q^j v_0 + J^\top w_j, \quad w_{j+1} = q w_j - \alpha H y_j, \quad
               y_{j+1} = q y_j - \alpha J J^\top H y_j,
 
-    so J is applied once, J' once, and J J' for each term; after :data:`MOST_STEPS` of them v_0 is the term reached. The
+    so J is applied once, J' once, and J J' for each term; after :data:`MOST_STEPS` of them v_0 is the term reached, at
+    the price of J' and J. The
     squared norm of a term is q^2j |v_0|^2 + q^j <y_0, w_j> + <y_j, w_j>, by inner products in float64, and at least
     what rounding makes of it.
     """
@@ -46,15 +47,23 @@ def neumann_sum(
         step = alpha.detach().to(_lists.scalar_dtype(v[0].device))
         product = middle.scaled(-step).for_products(num_terms)
         kept = None if damping == 0 else 1 - step * damping
-        result, term, norms = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in v], list(v), []
+        term, result, total, norms = list(v), [], None, []
         for first in range(0, max(1, num_terms), MOST_STEPS):
             count = min(MOST_STEPS, num_terms - first)
             is_last = first + count == num_terms
             chunk = _Chunk(recording, kernel, product, kept, term, count)
             norms.append(chunk.sq_norms[: count + is_last])
-            chunk.add_terms(count + is_last, step, result)
+            along, around = chunk.sum_of_terms(count + is_last)
+            own = _multiplied(term, step * along)
+            if total is None:
+                result, total = own, around
+            else:
+                torch._foreach_add_(result, own)
+                total += around
             if not is_last:
                 term = chunk.reached()
+        assert total is not None
+        recording.tape.vjp(total.mul_(step), result)
         return result, torch.cat(norms)
 
 
@@ -93,17 +102,20 @@ class _Chunk:
         found = self._powers.square() * sq_norm + self._powers * dots[:, 0] + dots[:, 1]
         self.sq_norms = torch.maximum(found, _NOISE * torch.finfo(start.dtype).eps * sq_norm)
 
-    def add_terms(self, count: int, factor: Tensor, into: TensorList) -> None:
-        """Adds the factor times the first ``count`` terms, all or all but the last."""
-        onto = [t.clone(memory_format=torch.contiguous_format) for t in self._term]
-        multiply_(onto, factor * self._powers[:count].sum())
-        torch._foreach_add_(into, onto)
-        total = self._before + self._w if count == len(self._powers) else self._before
-        self._tape.vjp(total * factor, into)
+    def sum_of_terms(self, count: int) -> tuple[Tensor, Tensor]:
+        """What the first ``count`` terms, all or all but the last, have of v_0, and what J' is to be applied to."""
+        total = self._before.add_(self._w) if count == len(self._powers) else self._before
+        return self._powers[:count].sum(), total
 
     def reached(self) -> TensorList:
         """The last term."""
-        result = [t.clone(memory_format=torch.contiguous_format) for t in self._term]
-        multiply_(result, self._powers[-1])
+        result = _multiplied(self._term, self._powers[-1])
         self._tape.vjp(self._w, result)
         return result
+
+
+def _multiplied(tensors: TensorList, number: Tensor) -> TensorList:
+    """A new list, contiguous."""
+    result = [t.clone(memory_format=torch.contiguous_format) for t in tensors]
+    multiply_(result, number)
+    return result
