@@ -39,9 +39,8 @@ def neumann_sum(
               y_{j+1} = q y_j - \alpha J J^\top H y_j,
 
     so J is applied once, J' once, and J J' for each term; after :data:`MOST_STEPS` of them v_0 is the term reached, at
-    the price of J' and J. The
-    squared norm of a term is q^2j |v_0|^2 + q^j <y_0, w_j> + <y_j, w_j>, by inner products in float64, and at least
-    what rounding makes of it.
+    the price of J' and J. The squared norm of a term is q^2j |v_0|^2 + q^j <y_0, w_j> + <y_j, w_j>, by inner products
+    in float64, and at least what rounding makes of it.
     """
     with recording.reading():
         step = alpha.detach().to(_lists.scalar_dtype(v[0].device))

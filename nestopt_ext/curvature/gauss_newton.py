@@ -51,7 +51,7 @@ class GaussNewton(ModelCurvature):
 
     - "loop": by one product after the other.
     - "outputs": in the space of the outputs. The images y = J v of the terms follow y <- q y - alpha J J' H y, with q =
-      1 - alpha damping, so J is applied once, J' once, and J J' for each term. That matrix is never formed: a cotangent
+      1 - alpha damping, so J and J' are applied once in 32 terms, J J' in each. That is never formed: a cotangent
       goes back, a tangent comes forward, and a fully connected layer of few rows (examples times positions) adds the
       product with the inner products of its inputs, in place of two products as large as its weight. For any criterion,
       and models whose examples mix. It counts as ``num_terms`` products. A diagonal, several right-hand sides, a series
